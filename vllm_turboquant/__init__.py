@@ -1,0 +1,3 @@
+"""turboquant3: a 6x smaller KV cache for stock vLLM."""
+
+__version__ = "0.1.0"

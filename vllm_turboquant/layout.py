@@ -1,0 +1,143 @@
+"""Bits, bytes and offsets of a turboquant3 cache block: the only Python source of them.
+
+A *slot* is what one token of one KV head occupies. A head is coded in *groups* of at most 128
+coordinates, each alone, so slot bytes are proportional to head_dim. The slots of one (block, KV head)
+form one contiguous region, stored as a structure of arrays so that every kernel reads long runs:
+
+    key_index    [block_size, head_dim / 4]    uint8    2-bit codes, coordinate j at bits 2 * (j % 4)
+    key_sign     [block_size, head_dim / 8]    uint8    1-bit signs, coordinate j at bit j % 8, 1 = +1
+    value_index  [block_size, head_dim / 4]    uint8    as key_index
+    key_scale    [num_groups, block_size]      float16  little-endian
+    value_scale  [num_groups, block_size]      float16  little-endian
+
+``csrc/core/layout.h`` mirrors this file for the kernels; ``tests/test_layout.py`` holds the two equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+MAX_GROUP = 128
+MAX_HEAD_DIM = 512
+BLOCK_SIZE_MULTIPLE = 16
+SUPPORTED_HEAD_DIMS = "64, 128, 256, 384, 512"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One array of a block region.
+
+    Attributes:
+        name: Name in the table at the top of this file.
+        offset_bytes: Start of the array inside the region.
+        size_bytes: Length of the array.
+    """
+
+    name: str
+    offset_bytes: int
+    size_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        """First byte after the array."""
+        return self.offset_bytes + self.size_bytes
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Layout of the turboquant3 format for one head size.
+
+    Args:
+        head_dim: 64, or a multiple of 128 up to 512.
+
+    Raises:
+        ValueError: ``head_dim`` is none of these; the message names it and the accepted ones.
+    """
+
+    head_dim: int
+
+    index_bits: ClassVar[int] = 2
+    sign_bits: ClassVar[int] = 1
+    scale_bytes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not self.supports(self.head_dim):
+            raise ValueError(
+                f"turboquant3 does not support head_dim {self.head_dim}; "
+                f"supported: {SUPPORTED_HEAD_DIMS}"
+            )
+
+    @staticmethod
+    def supports(head_dim: int) -> bool:
+        """Whether the format is defined for ``head_dim``."""
+        return head_dim == 64 or (0 < head_dim <= MAX_HEAD_DIM and head_dim % MAX_GROUP == 0)
+
+    @property
+    def group(self) -> int:
+        """Coordinates that share a scale and are rotated together."""
+        return min(self.head_dim, MAX_GROUP)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups per head."""
+        return self.head_dim // self.group
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the 2-bit codes of one vector."""
+        return self.head_dim * self.index_bits // 8
+
+    @property
+    def sign_bytes(self) -> int:
+        """Bytes of the 1-bit residual signs of one key."""
+        return self.head_dim * self.sign_bits // 8
+
+    @property
+    def scales_bytes(self) -> int:
+        """Bytes of the scales of one vector."""
+        return self.num_groups * self.scale_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token of one KV head, key and value together."""
+        return 2 * self.index_bytes + self.sign_bytes + 2 * self.scales_bytes
+
+    def compression(self, element_bytes: int = 2) -> float:
+        """Bytes of an uncompressed slot over ``slot_bytes``.
+
+        Args:
+            element_bytes: Bytes of one uncompressed coordinate; 2 for bfloat16 and float16.
+        """
+        return 2 * self.head_dim * element_bytes / self.slot_bytes
+
+    def sections(self, block_size: int) -> dict[str, Section]:
+        """Arrays of the region of one (block, KV head), in storage order.
+
+        Args:
+            block_size: Tokens per block, a positive multiple of 16, so that every array starts
+                16-byte aligned.
+
+        Returns:
+            Name to section. The last one ends at ``block_size * slot_bytes``.
+
+        Raises:
+            ValueError: ``block_size`` is not a positive multiple of 16.
+        """
+        if block_size <= 0 or block_size % BLOCK_SIZE_MULTIPLE:
+            raise ValueError(
+                f"turboquant3 does not support block_size {block_size}; "
+                f"supported: multiples of {BLOCK_SIZE_MULTIPLE}"
+            )
+        sections: dict[str, Section] = {}
+        offset = 0
+        for name, bytes_per_token in (
+            ("key_index", self.index_bytes),
+            ("key_sign", self.sign_bytes),
+            ("value_index", self.index_bytes),
+            ("key_scale", self.scales_bytes),
+            ("value_scale", self.scales_bytes),
+        ):
+            sections[name] = Section(name, offset, block_size * bytes_per_token)
+            offset = sections[name].end_bytes
+        return sections
