@@ -1,0 +1,167 @@
+"""What the turboquant3 attention backend can do, how it packs pages, and why it refuses a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_turboquant.layout import BLOCK_SIZE_MULTIPLE, SUPPORTED_HEAD_DIMS, SlotLayout
+from vllm_turboquant.options import read_options
+from vllm_turboquant.plugin import CACHE_DTYPE
+
+NAME = "TURBOQUANT3"
+
+
+class TurboQuant3Backend(AttentionBackend):
+    """Attention over slots of ``layout.SlotLayout``."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [CACHE_DTYPE]
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        from vllm_turboquant.attention import TurboQuant3Impl
+
+        return TurboQuant3Impl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        from vllm_turboquant.metadata import TurboQuant3MetadataBuilder
+
+        return TurboQuant3MetadataBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return SlotLayout.supports(head_size)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # One (block, head) must be contiguous, because it is a structure of arrays.
+        return (
+            KVCacheLayout.LBHNC,
+            KVCacheLayout.BLHNC,
+            KVCacheLayout.LHBNC,
+            KVCacheLayout.BHLNC,
+        )
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        # vLLM also asks with the model's dtype, to size layers that are not ours.
+        if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
+            return spec
+        if spec.head_size_v != spec.head_size:
+            raise refusal(
+                f"values of another head size than keys ({spec.head_size_v} and {spec.head_size}) "
+                "are not supported"
+            )
+        return replace(spec, state_content_bytes=SlotLayout(spec.head_size).slot_bytes)
+
+    @classmethod
+    def validate_configuration(cls, **config: Any) -> list[str]:  # type: ignore[override]
+        """List why a layer cannot be served, each reason a phrase that says what is supported."""
+        attn_type = config["attn_type"]
+        head_size, block_size = config["head_size"], config["block_size"]
+        checks = (
+            (
+                attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY),
+                "encoder-only attention has no KV cache to compress",
+            ),
+            (
+                attn_type == AttentionType.ENCODER_DECODER,
+                "cross attention is not supported, only decoder self-attention is",
+            ),
+            (
+                config["use_mla"],
+                "MLA (multi-head latent attention) is not supported, only attention with separate "
+                "keys and values is",
+            ),
+            (config["use_sparse"], "sparse attention is not supported, only dense attention is"),
+            (
+                not cls.supports_head_size(head_size),
+                f"head size {head_size} is not supported, only {SUPPORTED_HEAD_DIMS} are",
+            ),
+            (
+                not cls.supports_block_size(block_size),
+                f"--block-size {block_size} is not supported, only multiples of "
+                f"{BLOCK_SIZE_MULTIPLE} are",
+            ),
+            (
+                config["use_per_head_quant_scales"],
+                "float8 attention (a checkpoint with per-head float8 scales) is not supported, only "
+                "float16, bfloat16 and float32 attention is",
+            ),
+            (config["has_sink"], "attention sinks are not supported yet"),
+            (config["has_sliding_window"], "sliding-window layers are not supported yet"),
+            (config.get("use_kv_connector"), "KV connectors are not supported yet"),
+            (
+                not current_platform.is_cpu(),
+                f"the device {current_platform.device_name or 'unknown'} is not supported yet, only "
+                "CPUs are",
+            ),
+        )
+        # vLLM's own checks follow for what no sentence above covers.
+        return [reason for failed, reason in checks if failed] or super().validate_configuration(
+            **config
+        )
+
+
+def select_backend(
+    selected: AttentionBackendEnum | None, config: AttentionSelectorConfig
+) -> str:
+    """Choose the backend of one attention layer whose cache dtype is turboquant3.
+
+    Args:
+        selected: What ``--attention-backend`` names, if anything.
+        config: The layer's needs.
+
+    Returns:
+        Qualified name of the backend class.
+
+    Raises:
+        ValueError: One line with everything that cannot be served, what is supported and the way out.
+    """
+    read_options(get_current_vllm_config())
+    reasons = TurboQuant3Backend.validate_configuration(
+        **config._asdict(), device_capability=current_platform.get_device_capability()
+    )
+    if selected is not None and selected.name != NAME:
+        reasons.append(
+            f"--attention-backend {selected.name} names another backend; leave the option out"
+        )
+    if reasons:
+        raise refusal("; ".join(reasons))
+    path = f"{TurboQuant3Backend.__module__}.{TurboQuant3Backend.__qualname__}"
+    # Registered here and not at plugin load: a member that the parent process knows and its children do
+    # not could be pickled into them (enum members travel by value).
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, path)
+    return path
+
+
+def refusal(reason: str) -> ValueError:
+    """The error that ends the start of an engine: reason and way out in one line."""
+    return ValueError(
+        f"--kv-cache-dtype {CACHE_DTYPE} cannot serve this model as configured: {reason}. "
+        f"Change that, or use --kv-cache-dtype auto."
+    )

@@ -1,0 +1,147 @@
+"""Per-step attention metadata: which query rows read codes only and which also attend to fresh tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.options import read_options
+from vllm_turboquant.plugin import CACHE_DTYPE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = init_logger("vllm.turboquant")
+
+
+@dataclass(frozen=True)
+class PagedRequests:
+    """Consecutive requests and the cached tokens their query rows attend to.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] int32, first query row of each request, counted from the first
+            row of these requests.
+        seq_lens: [num_reqs] int32, cached tokens to read.
+        block_table: [num_reqs, max_blocks] int32.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+
+@dataclass
+class TurboQuant3Metadata(AttentionMetadata):
+    """How one step's query rows attend. Requests that decode come first:
+
+        rows    |d0|d1|d2|p0 p0 p0 p0|p1 p1 p1|padding
+                 decode   prefill
+
+    A decode row reads every token, its own included, from codes. A prefill row reads the tokens computed
+    in earlier steps (its context) from codes and those of this step from the model's own keys and values;
+    the two results are merged by log-sum-exp.
+
+    Attributes:
+        num_decode_tokens: Rows of the decode requests.
+        decode: Decode requests over all their tokens; None without any.
+        context: Prefill requests over their context; None if none has one.
+        fresh: First and last + 1 row of each prefill request.
+    """
+
+    num_decode_tokens: int
+    decode: PagedRequests | None
+    context: PagedRequests | None
+    fresh: list[tuple[int, int]]
+
+
+class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
+    """Builds the metadata of a KV cache group."""
+
+    reorder_batch_threshold: int = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.options = read_options(vllm_config)
+        _log_start(vllm_config, kv_cache_spec.head_size)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TurboQuant3Metadata:
+        """Split the batch; see ``TurboQuant3Metadata``."""
+        batch = common_attn_metadata
+        if self.options.exact_prefill:
+            num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+                batch, decode_threshold=self.reorder_batch_threshold
+            )
+        else:
+            num_decodes, num_prefills = batch.num_reqs, 0
+            num_decode_tokens = batch.num_actual_tokens
+        decode = context = None
+        if num_decodes:
+            decode = PagedRequests(
+                batch.query_start_loc[: num_decodes + 1],
+                batch.seq_lens[:num_decodes],
+                batch.block_table_tensor[:num_decodes],
+            )
+        starts = batch.query_start_loc_cpu[num_decodes : batch.num_reqs + 1].tolist()
+        if num_prefills:
+            context_lens = batch.compute_num_computed_tokens()[num_decodes : batch.num_reqs]
+            if context_lens.any():
+                context = PagedRequests(
+                    batch.query_start_loc[num_decodes : batch.num_reqs + 1] - num_decode_tokens,
+                    context_lens,
+                    batch.block_table_tensor[num_decodes : batch.num_reqs],
+                )
+        return TurboQuant3Metadata(
+            num_decode_tokens=num_decode_tokens,
+            decode=decode,
+            context=context,
+            fresh=list(zip(starts[:-1], starts[1:], strict=True)),
+        )
+
+
+def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:
+    """Say once what a slot takes and how many of the model's attention layers are compressed."""
+    layers = [
+        layer
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
+        if layer.attn_type == AttentionType.DECODER
+    ]
+    num_ours = sum(layer.kv_cache_dtype == CACHE_DTYPE for layer in layers)
+    layout = SlotLayout(head_dim)
+    element_bytes = vllm_config.model_config.dtype.itemsize
+    coverage = "every one" if num_ours == len(layers) else f"only {num_ours}"
+    logger.info_once(
+        "%s KV cache: %d bytes per token and KV head instead of %d, %.2fx smaller, in %s of the model's "
+        "%d attention layers",
+        CACHE_DTYPE,
+        layout.slot_bytes,
+        2 * head_dim * element_bytes,
+        layout.compression(element_bytes),
+        coverage,
+        len(layers),
+    )
