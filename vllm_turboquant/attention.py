@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
-from vllm_turboquant.backend import refusal
+from vllm_turboquant.backend import UnsupportedError
 from vllm_turboquant.metadata import PagedRequests, TurboQuant3Metadata
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     """Attention of one layer.
 
     Raises:
-        ValueError: The layer needs something that is not supported; one line names it.
+        UnsupportedError: The layer needs something that is not supported; one line names it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             *((value is not None, f"{name} is not supported yet") for name, value in extra.items()),
         ):
             if needed:
-                raise refusal(feature)
+                raise UnsupportedError(feature)
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -18,6 +18,25 @@ from vllm_turboquant.options import read_options
 from vllm_turboquant.plugin import CACHE_DTYPE
 
 NAME = "TURBOQUANT3"
+
+#: Kinds of models, as vLLM names them, whose attention is not that of a decoder.
+ENGINE_ATTN_TYPES = {
+    "encoder_only": AttentionType.ENCODER_ONLY,
+    "encoder_decoder": AttentionType.ENCODER_DECODER,
+}
+
+
+class UnsupportedError(RuntimeError):
+    """Ends the start of an engine with the reason and the way out in one line.
+
+    Not a ValueError, which the validation of vLLM's configuration would wrap in several lines.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"--kv-cache-dtype {CACHE_DTYPE} cannot serve this model as configured: {reason}. "
+            f"Change that, or use --kv-cache-dtype auto."
+        )
 
 
 class TurboQuant3Backend(AttentionBackend):
@@ -71,7 +90,7 @@ class TurboQuant3Backend(AttentionBackend):
         if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
             return spec
         if spec.head_size_v != spec.head_size:
-            raise refusal(
+            raise UnsupportedError(
                 f"values of another head size than keys ({spec.head_size_v} and {spec.head_size}) "
                 "are not supported"
             )
@@ -126,9 +145,7 @@ class TurboQuant3Backend(AttentionBackend):
         )
 
 
-def select_backend(
-    selected: AttentionBackendEnum | None, config: AttentionSelectorConfig
-) -> str:
+def select_backend(selected: AttentionBackendEnum | None, config: AttentionSelectorConfig) -> str:
     """Choose the backend of one attention layer whose cache dtype is turboquant3.
 
     Args:
@@ -139,29 +156,49 @@ def select_backend(
         Qualified name of the backend class.
 
     Raises:
-        ValueError: One line with everything that cannot be served, what is supported and the way out.
+        UnsupportedError: One line with everything that cannot be served.
     """
-    read_options(get_current_vllm_config())
+    _refuse_unsupported(selected, config)
+    path = f"{TurboQuant3Backend.__module__}.{TurboQuant3Backend.__qualname__}"
+    # NOTE: registered by the process that builds the model and not at plugin load. Enum members travel
+    # between processes by value: one that the parent knows and its children do not cannot be unpickled.
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, path)
+    return path
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Refuse an engine configuration before any process or model is started.
+
+    Raises:
+        UnsupportedError: One line with everything that cannot be served.
+        OptionsError: The options are not valid; one line names what is accepted.
+    """
+    read_options(vllm_config)
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model is None:
+        return
+    needs = AttentionSelectorConfig(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size if cache.user_specified_block_size else None,
+        use_mla=model.use_mla,
+        attn_type=ENGINE_ATTN_TYPES.get(model.attn_type, AttentionType.DECODER),
+        use_kv_connector=vllm_config.kv_transfer_config is not None,
+    )
+    _refuse_unsupported(vllm_config.attention_config.backend, needs)
+
+
+def _refuse_unsupported(
+    selected: AttentionBackendEnum | None, needs: AttentionSelectorConfig
+) -> None:
     reasons = TurboQuant3Backend.validate_configuration(
-        **config._asdict(), device_capability=current_platform.get_device_capability()
+        **needs._asdict(), device_capability=current_platform.get_device_capability()
     )
     if selected is not None and selected.name != NAME:
         reasons.append(
             f"--attention-backend {selected.name} names another backend; leave the option out"
         )
     if reasons:
-        raise refusal("; ".join(reasons))
-    path = f"{TurboQuant3Backend.__module__}.{TurboQuant3Backend.__qualname__}"
-    # Registered here and not at plugin load: a member that the parent process knows and its children do
-    # not could be pickled into them (enum members travel by value).
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, path)
-    return path
-
-
-def refusal(reason: str) -> ValueError:
-    """The error that ends the start of an engine: reason and way out in one line."""
-    return ValueError(
-        f"--kv-cache-dtype {CACHE_DTYPE} cannot serve this model as configured: {reason}. "
-        f"Change that, or use --kv-cache-dtype auto."
-    )
+        raise UnsupportedError("; ".join(reasons))

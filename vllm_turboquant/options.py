@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 KEY = "turboquant"
 
 
+class OptionsError(RuntimeError):
+    """The options are not valid. Not a ValueError, for the reason that ``UnsupportedError`` is none."""
+
+
 class Options(BaseModel):
     """Settings of the cache, e.g. ``--additional-config '{"turboquant": {"exact_prefill": false}}'``.
 
@@ -31,7 +35,7 @@ def read_options(vllm_config: VllmConfig) -> Options:
     """Read and validate the options of one engine.
 
     Raises:
-        ValueError: One line that names what is wrong and lists what is accepted.
+        OptionsError: One line that names what is wrong and lists what is accepted.
     """
     additional: Any = vllm_config.additional_config
     given = additional.get(KEY, {}) if isinstance(additional, dict) else {}
@@ -41,7 +45,7 @@ def read_options(vllm_config: VllmConfig) -> Options:
         if isinstance(field.annotation, type)
     )
     if not isinstance(given, dict):
-        raise ValueError(
+        raise OptionsError(
             f'--additional-config: "{KEY}" must be an object, got {given!r}; accepted: {accepted}'
         )
     try:
@@ -51,6 +55,6 @@ def read_options(vllm_config: VllmConfig) -> Options:
             f"{'.'.join(str(part) for part in item['loc'])}={item['input']!r}: {item['msg']}"
             for item in error.errors()
         )
-        raise ValueError(
+        raise OptionsError(
             f'--additional-config: "{KEY}" is not valid ({wrong}); accepted: {accepted}'
         ) from None

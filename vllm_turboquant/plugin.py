@@ -13,6 +13,7 @@ from vllm_turboquant import __version__
 from vllm_turboquant.compat import SUPPORTED_VLLM, is_supported_vllm, register_cache_dtype
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.platforms.interface import Platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -37,7 +38,13 @@ def register() -> None:
         )
         return
     register_cache_dtype(CACHE_DTYPE, torch.uint8)
-    _hook_backend_selection(type(current_platform))
+    _hook_platform(type(current_platform))
+
+
+@functools.cache  # a platform is hooked once
+def _hook_platform(platform: type[Platform]) -> None:
+    _hook_backend_selection(platform)
+    _hook_config_check(platform)
 
 
 def _hook_backend_selection(platform: type[Platform]) -> None:
@@ -47,8 +54,6 @@ def _hook_backend_selection(platform: type[Platform]) -> None:
     cache dtype at all.
     """
     select = platform.get_attn_backend_cls
-    if hasattr(select, "turboquant_hook"):
-        return
 
     @functools.wraps(select)
     def get_attn_backend_cls(
@@ -63,5 +68,23 @@ def _hook_backend_selection(platform: type[Platform]) -> None:
 
         return select_backend(selected_backend, attn_selector_config)
 
-    get_attn_backend_cls.turboquant_hook = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment]
+
+
+def _hook_config_check(platform: type[Platform]) -> None:
+    """Refuse what the configuration already shows in the process that the user started.
+
+    Layers are checked again one by one when the model is built, but that is in a child process, and its
+    error would stand far above the end of the log.
+    """
+    check = platform.check_and_update_config
+
+    @functools.wraps(check)
+    def check_and_update_config(cls: type[Platform], vllm_config: VllmConfig) -> None:
+        if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
+            from vllm_turboquant.backend import check_config
+
+            check_config(vllm_config)
+        check(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]

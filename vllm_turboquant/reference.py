@@ -359,7 +359,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
-    parts = codes.to(torch.uint8).reshape(*codes.shape[:-1], -1, per_byte) << shifts
+    num_bytes = codes.shape[-1] // per_byte
+    parts = codes.to(torch.uint8).reshape(*codes.shape[:-1], num_bytes, per_byte) << shifts
     return parts.sum(dim=-1, dtype=torch.uint8)
 
 

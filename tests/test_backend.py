@@ -1,0 +1,187 @@
+"""Builder and implementation against exact attention over decoded keys, for named batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_turboquant import plugin, reference
+from vllm_turboquant.layout import SlotLayout
+
+pytestmark = pytest.mark.vllm
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 32
+SCALE = HEAD_DIM**-0.5
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Requests of one step: tokens already in the cache, and tokens computed now."""
+
+    context_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]
+
+
+BATCH_SPECS = {
+    "decode": BatchSpec((40, 1, 95), (1, 1, 1)),
+    "prefill": BatchSpec((0, 0), (33, 7)),
+    "chunked prefill": BatchSpec((64, 17), (20, 48)),
+    "prefix hit": BatchSpec((96, 0), (5, 9)),
+    "mixed": BatchSpec((31, 32, 0, 50), (1, 1, 40, 2)),
+    "padded": BatchSpec((31, 32, 0, 50), (1, 1, 40, 2)),
+}
+
+
+def make_config(model: Path, exact_prefill: bool = True) -> VllmConfig:
+    plugin.register()
+    return EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        kv_cache_dtype="turboquant3",
+        additional_config={"turboquant": {"exact_prefill": exact_prefill}},
+    ).create_engine_config()
+
+
+def run_step(
+    config: VllmConfig, spec: BatchSpec, padding: int = 0
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Store the contexts and run one step through the builder and the implementation.
+
+    Returns:
+        Output [num_tokens + padding, num_heads, head_dim] and per request (query, key, value), the
+        latter two of all its tokens.
+    """
+    from vllm_turboquant.attention import TurboQuant3Impl
+    from vllm_turboquant.metadata import TurboQuant3MetadataBuilder
+
+    generator = torch.Generator().manual_seed(len(spec.query_lens) + sum(spec.query_lens))
+    num_blocks_each = 6
+    num_reqs = len(spec.query_lens)
+    cache = torch.full(
+        (num_reqs * num_blocks_each + 1, NUM_KV_HEADS, BLOCK_SIZE, SlotLayout(HEAD_DIM).slot_bytes),
+        0xFF,
+        dtype=torch.uint8,
+    )
+    blocks = torch.randperm(cache.shape[0], generator=generator)[: num_reqs * num_blocks_each]
+    block_table = blocks.view(num_reqs, num_blocks_each).int()
+
+    def slots(req: int, first: int, last: int) -> Tensor:
+        position = torch.arange(first, last)
+        return block_table[req, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
+
+    with set_current_vllm_config(config):
+        impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
+    requests, queries, keys, values, mapping = [], [], [], [], []
+    for req, (context, fresh) in enumerate(zip(spec.context_lens, spec.query_lens, strict=True)):
+        seq_len = context + fresh
+        query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator)
+        key, value = torch.randn(2, seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+        impl.do_kv_cache_update(
+            None, key[:context], value[:context], cache, slots(req, 0, context)
+        )
+        requests.append((query, key, value))
+        queries.append(query)
+        keys.append(key[context:])
+        values.append(value[context:])
+        mapping.append(slots(req, context, seq_len))
+    nothing = torch.full((padding, NUM_HEADS, HEAD_DIM), torch.nan)
+    query = torch.cat([*queries, nothing])
+    key = torch.cat([*keys, nothing[:, :NUM_KV_HEADS]])
+    value = torch.cat([*values, nothing[:, :NUM_KV_HEADS]])
+    slot_mapping = torch.cat([*mapping, torch.full((padding,), -1)])
+    impl.do_kv_cache_update(None, key, value, cache, slot_mapping)
+
+    query_lens, context_lens = torch.tensor(spec.query_lens), torch.tensor(spec.context_lens)
+    query_start_loc = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
+    seq_lens = (query_lens + context_lens).int()
+    common = CommonAttentionMetadata(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens,
+        num_reqs=num_reqs,
+        num_actual_tokens=int(query_lens.sum()),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=block_table,
+        slot_mapping=slot_mapping,
+    )
+    page = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
+    )
+    builder = TurboQuant3MetadataBuilder(page, [], config, torch.device("cpu"))
+    output = torch.full_like(query, 7.0)
+    impl.forward(None, query, key, value, cache, builder.build(0, common), output)
+    return output, requests
+
+
+def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tensor:
+    """Attention in float64 where all but the last ``num_exact`` tokens are read back from their codes."""
+    layout, center = SlotLayout(HEAD_DIM), torch.zeros(NUM_KV_HEADS, HEAD_DIM)
+    first_exact = key.shape[0] - num_exact
+    decoded_key = reference.decode_keys(reference.encode_keys(key, center, layout), center, layout)
+    decoded_value = reference.decode_values(reference.encode_values(value, layout), layout)
+    decoded_key[first_exact:] = key[first_exact:]
+    decoded_value[first_exact:] = value[first_exact:]
+    rows, columns = torch.arange(query.shape[0])[:, None], torch.arange(key.shape[0])
+    visible = columns <= rows + key.shape[0] - query.shape[0]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query.double().transpose(0, 1),
+        decoded_key.transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
+        decoded_value.transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
+        attn_mask=visible,
+        scale=SCALE,
+    ).transpose(0, 1)
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False], ids=["exact", "through the cache"])
+@pytest.mark.parametrize("name", BATCH_SPECS)
+def test_batches(tiny_llama: Path, name: str, exact_prefill: bool) -> None:
+    spec = BATCH_SPECS[name]
+    padding = 3 if name == "padded" else 0
+    output, requests = run_step(make_config(tiny_llama, exact_prefill), spec, padding)
+    start = 0
+    for query, key, value in requests:
+        rows = query.shape[0]
+        num_exact = rows if exact_prefill and rows > 1 else 0
+        want = expected(query, key, value, num_exact)
+        error = (output[start : start + rows] - want).norm() / want.norm()
+        assert error < 1e-3, f"request at row {start}: relative error {error:.2e}"
+        start += rows
+    assert (output[start:] == 7.0).all(), "padding rows must stay untouched"
+
+
+def test_profiling_run_gives_zeros(tiny_llama: Path) -> None:
+    from vllm_turboquant.attention import TurboQuant3Impl
+
+    with set_current_vllm_config(make_config(tiny_llama)):
+        impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
+    query = torch.randn(3, NUM_HEADS, HEAD_DIM)
+    key = torch.randn(3, NUM_KV_HEADS, HEAD_DIM)
+    output = torch.full_like(query, torch.nan)
+    impl.forward(None, query, key, key, torch.tensor([]), None, output)
+    assert (output == 0).all()
+
+
+def test_merge_is_attention_over_both_sets() -> None:
+    from vllm_turboquant.attention import causal_attention, merge
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, NUM_HEADS, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, 2, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    parts = [causal_attention(query, key[i : i + 1], value[i : i + 1], SCALE) for i in range(2)]
+    merged = merge(*parts[0], *parts[1])
+    scores = torch.einsum("hd,thd->ht", query[0], key.repeat_interleave(3, 1)) * SCALE
+    want = torch.einsum("ht,thd->hd", scores.softmax(-1), value.repeat_interleave(3, 1))
+    torch.testing.assert_close(merged[0], want)
+    nothing = torch.zeros_like(merged), torch.full((NUM_HEADS, 1), -torch.inf)
+    torch.testing.assert_close(merge(*parts[0], *nothing), parts[0][0])

@@ -1,0 +1,218 @@
+"""The plugin registers one cache dtype, refuses what it cannot serve, and changes nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+import torch
+from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_turboquant import plugin
+from vllm_turboquant.backend import UnsupportedError
+from vllm_turboquant.compat import is_supported_vllm
+from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.options import OptionsError
+
+pytestmark = pytest.mark.vllm
+
+HOOKS = ("get_attn_backend_cls", "check_and_update_config")
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    plugin.register()
+
+
+def engine_config(model: Path, **engine_args: Any) -> VllmConfig:
+    args = {"kv_cache_dtype": "turboquant3", "skip_tokenizer_init": True, **engine_args}
+    return EngineArgs(model=str(model), **args).create_engine_config()
+
+
+def build_layer(config: VllmConfig, **overrides: Any) -> Attention:
+    """Construct an attention layer as a model would, backend selection included."""
+    arguments: dict[str, Any] = {
+        "num_heads": 4,
+        "head_size": 64,
+        "scale": 0.125,
+        "num_kv_heads": 2,
+        "cache_config": config.cache_config,
+        "prefix": "model.layers.0.self_attn.attn",
+        **overrides,
+    }
+    config.compilation_config.static_forward_context.clear()
+    with set_current_vllm_config(config):
+        return Attention(**arguments)
+
+
+def test_a_layer_gets_our_backend_and_a_page_of_slots(tiny_llama: Path) -> None:
+    config = engine_config(tiny_llama)
+    layer = build_layer(config)
+    assert layer.attn_backend.get_name() == "TURBOQUANT3"
+    spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(config))
+    assert spec.page_size_bytes == 2 * config.cache_config.block_size * SlotLayout(64).slot_bytes
+
+
+def test_registration_is_idempotent() -> None:
+    hooks = {name: vars(type(current_platform))[name] for name in HOOKS}
+    plugin.register()
+    assert {name: vars(type(current_platform))[name] for name in HOOKS} == hooks
+    assert CacheConfig(cache_dtype="turboquant3").cache_dtype == "turboquant3"
+
+
+def test_other_cache_dtypes_keep_their_backend_and_their_checks(tiny_llama: Path) -> None:
+    layer = build_layer(engine_config(tiny_llama, kv_cache_dtype="auto"))
+    assert layer.attn_backend.get_name() == "CPU_ATTN"
+    with pytest.raises(ValueError, match="cache_dtype"):
+        CacheConfig(cache_dtype="turboquant9")
+
+
+def test_skipped_layers_keep_their_backend(tiny_llama: Path) -> None:
+    config = engine_config(tiny_llama, kv_cache_dtype_skip_layers=["1"])
+    names = [
+        build_layer(config, prefix=f"model.layers.{i}.self_attn.attn").attn_backend.get_name()
+        for i in range(2)
+    ]
+    assert names == ["TURBOQUANT3", "CPU_ATTN"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"head_size": 80}, "head size 80 is not supported, only 64, 128, 256, 384, 512 are"),
+        ({"alibi_slopes": [1.0] * 4}, "ALiBi is not supported"),
+        ({"logits_soft_cap": 30.0}, "a logits soft cap is not supported yet"),
+        ({"sinks": torch.zeros(4)}, "attention sinks are not supported yet"),
+        ({"per_layer_sliding_window": 128}, "sliding-window layers are not supported yet"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "KV sharing is not supported yet"),
+        ({"attn_type": "encoder_only"}, "encoder-only attention has no KV cache to compress"),
+        ({"attn_type": "encoder_decoder"}, "cross attention is not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_layers_are_refused(
+    tiny_llama: Path, overrides: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        build_layer(engine_config(tiny_llama), **overrides)
+    assert_one_line(error.value, reason)
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        ({"use_mla": True}, "MLA (multi-head latent attention) is not supported"),
+        ({"use_sparse": True}, "sparse attention is not supported"),
+        ({"use_per_head_quant_scales": True}, "float8 attention"),
+        ({"use_kv_connector": True}, "KV connectors are not supported yet"),
+        ({"use_dcp": True}, "DCP not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"block_size": 24}, "--block-size 24 is not supported, only multiples of 16 are"),
+        ({"dtype": torch.float64}, "dtype not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_selections_are_refused(
+    tiny_llama: Path, needs: dict[str, Any], reason: str
+) -> None:
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    supported = AttentionSelectorConfig(64, torch.bfloat16, "turboquant3", 16)
+    with set_current_vllm_config(engine_config(tiny_llama)):
+        assert current_platform.get_attn_backend_cls(None, supported).endswith("TurboQuant3Backend")
+        with pytest.raises(UnsupportedError) as error:
+            current_platform.get_attn_backend_cls(None, supported._replace(**needs))
+    assert_one_line(error.value, reason)
+
+
+def test_another_attention_backend_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        engine_config(tiny_llama, attention_backend=AttentionBackendEnum.FLASH_ATTN)
+    assert_one_line(error.value, "--attention-backend FLASH_ATTN names another backend")
+
+
+def test_an_unsupported_configuration_is_refused_before_the_engine_starts(tiny_llama: Path) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        engine_config(tiny_llama, block_size=24)
+    assert_one_line(error.value, "--block-size 24 is not supported")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"recent": 3}, "recent=3: Extra inputs are not permitted"),
+        ({"exact_prefill": "yes"}, "exact_prefill='yes': Input should be a valid boolean"),
+        (["exact_prefill"], '"turboquant" must be an object'),
+    ],
+    ids=["unknown name", "wrong type", "not an object"],
+)
+def test_wrong_options_are_refused(tiny_llama: Path, given: Any, reason: str) -> None:
+    with pytest.raises(OptionsError) as error:
+        engine_config(tiny_llama, additional_config={"turboquant": given})
+    assert reason in str(error.value)
+    assert "accepted: exact_prefill (bool, default True)" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_others_are_left_alone(tiny_llama: Path) -> None:
+    config = engine_config(tiny_llama, additional_config={"another_plugin": {"x": 1}})
+    assert build_layer(config).attn_backend.get_name() == "TURBOQUANT3"
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.31.0", False), ("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False)],
+)
+def test_supported_vllm_versions(version: str, supported: bool) -> None:
+    assert is_supported_vllm(version) is supported
+
+
+def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("vllm.__version__", "0.40.0")
+    monkeypatch.setattr(plugin, "register_cache_dtype", lambda *dtype: pytest.fail("registered"))
+    monkeypatch.setattr(
+        "logging.Logger.warning", lambda self, text, *values: warnings.append(text % values)
+    )
+    plugin.register()
+    assert warnings == [
+        "vllm-turboquant 0.1.0 supports vLLM >=0.32,<0.34 and this is 0.40.0: "
+        "--kv-cache-dtype turboquant3 is not available"
+    ]
+
+
+def test_a_plain_run_imports_registration_only(tiny_llama: Path) -> None:
+    """With another cache dtype, no module of ours beyond the entry point's is ever loaded."""
+    program = f"""
+import os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM
+llm = LLM({str(tiny_llama)!r}, skip_tokenizer_init=True, load_format="dummy", enforce_eager=True,
+          max_model_len=64, kv_cache_memory_bytes=1 << 24)
+llm.generate([dict(prompt_token_ids=[1, 2, 3])])
+print("ours:", sorted(name for name in sys.modules if name.startswith("vllm_turboquant")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    ours = ["vllm_turboquant", "vllm_turboquant.compat", "vllm_turboquant.plugin"]
+    assert f"ours: {ours}" in result.stdout
+
+
+def assert_one_line(error: Exception, reason: str) -> None:
+    """A refusal names the feature and the way out, in one line."""
+    text = str(error)
+    assert reason in text
+    assert text.startswith("--kv-cache-dtype turboquant3 cannot serve this model as configured: ")
+    assert text.endswith("Change that, or use --kv-cache-dtype auto.")
+    assert "\n" not in text
+
+
