@@ -411,7 +411,8 @@ def _quantize(x: Tensor, signs: Tensor, book: Codebook) -> tuple[Tensor, Tensor,
 
 def _scale(length: Tensor, overlap: Tensor) -> Tensor:
     """|x| / sqrt(d) * <u, u> / <u, u^> with <u, u> = d; saturates so that finite input stays finite."""
-    return (length / overlap).clamp(max=FLOAT16_MAX).half()[..., 0]
+    scale = torch.where(length == 0, 0.0, length / overlap)  # not 0 / 0
+    return scale.clamp(max=FLOAT16_MAX).half()[..., 0]
 
 
 def _centroids(index: Tensor, layout: SlotLayout, dtype: torch.dtype) -> Tensor:

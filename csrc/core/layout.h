@@ -1,0 +1,61 @@
+// Bits, bytes and offsets of a turboquant3 cache block: the only C++ source of them.
+//
+// Mirrors vllm_turboquant/layout.py, which describes the format; a test holds the two equal.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace tq {
+
+inline constexpr int kMaxGroup = 128;
+inline constexpr int kMaxHeadDim = 512;
+inline constexpr int kBlockSizeMultiple = 16;  // also the tokens that every kernel decodes at once
+inline constexpr int kIndexBits = 2;
+inline constexpr int kSignBits = 1;
+inline constexpr int kScaleBytes = 2;
+
+// Start of each array inside the region of one (block, KV head), in bytes.
+struct BlockOffsets {
+  int64_t key_index;    // [block_size, head_dim / 4] uint8
+  int64_t key_sign;     // [block_size, head_dim / 8] uint8
+  int64_t value_index;  // [block_size, head_dim / 4] uint8
+  int64_t key_scale;    // [num_groups, block_size] float16
+  int64_t value_scale;  // [num_groups, block_size] float16
+  int64_t size;         // of the region
+};
+
+struct SlotLayout {
+  int head_dim;
+
+  TQ_HOST_DEVICE static constexpr bool supports(int head_dim) {
+    return head_dim == 64 ||
+           (head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kMaxGroup == 0);
+  }
+  TQ_HOST_DEVICE constexpr int group() const {
+    return head_dim < kMaxGroup ? head_dim : kMaxGroup;
+  }
+  TQ_HOST_DEVICE constexpr int num_groups() const { return head_dim / group(); }
+  TQ_HOST_DEVICE constexpr int index_bytes() const { return head_dim * kIndexBits / 8; }
+  TQ_HOST_DEVICE constexpr int sign_bytes() const { return head_dim * kSignBits / 8; }
+  TQ_HOST_DEVICE constexpr int scales_bytes() const { return num_groups() * kScaleBytes; }
+  TQ_HOST_DEVICE constexpr int slot_bytes() const {
+    return 2 * index_bytes() + sign_bytes() + 2 * scales_bytes();
+  }
+  TQ_HOST_DEVICE constexpr BlockOffsets offsets(int64_t block_size) const {
+    BlockOffsets at{};
+    at.key_index = 0;
+    at.key_sign = at.key_index + block_size * index_bytes();
+    at.value_index = at.key_sign + block_size * sign_bytes();
+    at.key_scale = at.value_index + block_size * index_bytes();
+    at.value_scale = at.key_scale + block_size * scales_bytes();
+    at.size = at.value_scale + block_size * scales_bytes();
+    return at;
+  }
+};
+
+static_assert(SlotLayout{128}.slot_bytes() == 84 && SlotLayout{64}.slot_bytes() == 44,
+              "the sizes that the format is known by");
+
+}  // namespace tq

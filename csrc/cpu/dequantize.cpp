@@ -1,0 +1,92 @@
+// Paged dequantize: reconstruct keys and values of a bounded range of tokens.
+//
+// Work items: units of sixteen tokens of one KV head, tokens in lanes.
+// k = c + alpha (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py: decode_keys, decode_values)
+#include <algorithm>
+#include <vector>
+
+#include "cpu/codes.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace tq::cpu {
+namespace {
+
+// Up to sixteen tokens of one request, starting at a multiple of sixteen.
+struct Span {
+  int req;
+  int64_t unit_token;   // first token of the unit
+  int first, last;      // lanes to write
+  int64_t row;          // that lane `first` goes to
+};
+
+// Finish the inverse rotation of x[kGroup] and write the wanted lanes.
+template <int kGroup>
+void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale, const float* center,
+                 const Span& span, int kv_head, int g, const MutableRows& rows) {
+  alignas(64) float transposed[kGroup][kLanes];
+  for (int j = 0; j < kGroup; ++j) {
+    store(transposed[j], x[j] * (scale * splat(signs[j] / Codebook<kGroup>::kRoot)));
+  }
+  float row[kGroup];
+  for (int lane = span.first; lane < span.last; ++lane) {
+    for (int j = 0; j < kGroup; ++j) row[j] = transposed[j][lane] + (center ? center[j] : 0.0f);
+    write_row(rows, span.row + lane - span.first, kv_head, g * kGroup, kGroup, row);
+  }
+}
+
+template <int kGroup>
+void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
+  const SlotLayout layout = p.cache.layout;
+  const BlockOffsets at = layout.offsets(p.cache.block_size);
+  const int32_t* blocks = p.block_table.data + span.req * p.block_table.req_stride;
+  const Unit unit = locate(p.cache, blocks, kv_head, span.unit_token);
+  Lanes x[kGroup];
+  for (int g = 0; g < layout.num_groups(); ++g) {
+    const float* center = p.center + int64_t{kv_head} * layout.head_dim + g * kGroup;
+    KeyWords<kGroup>(unit, layout, at, g).decode(x);
+    hadamard<kGroup>(x);
+    write_lanes<kGroup>(x, kKeySigns, load_scales(unit, at.key_scale, g, p.cache.block_size), center,
+                        span, kv_head, g, p.key);
+    Words index[kGroup / 16];
+    load_words(unit, at.value_index + g * kGroup / 4, layout.index_bytes(), kGroup / 16, index);
+    for (int j = 0; j < kGroup; ++j) x[j] = centroid<kGroup>(index[j / 16] >> (2 * (j % 16)));
+    hadamard<kGroup>(x);
+    write_lanes<kGroup>(x, kValueSigns, load_scales(unit, at.value_scale, g, p.cache.block_size),
+                        nullptr, span, kv_head, g, p.value);
+  }
+}
+
+std::vector<Span> plan(const DequantizeParams& p) {
+  std::vector<Span> spans;
+  for (int req = 0; req < p.num_reqs; ++req) {
+    const int64_t row = p.cu_seq_lens[req], begin = p.seq_starts[req];
+    const int64_t end = begin + p.cu_seq_lens[req + 1] - row;
+    for (int64_t unit = begin / kLanes * kLanes; unit < end; unit += kLanes) {
+      const int64_t first = std::max(unit, begin), last = std::min(unit + kLanes, end);
+      spans.push_back({req, unit, static_cast<int>(first - unit), static_cast<int>(last - unit),
+                       row + first - begin});
+    }
+  }
+  return spans;
+}
+
+}  // namespace
+
+void dequantize(const DequantizeParams& p, const Threads& threads) {
+  const std::vector<Span> spans = plan(p);
+  const int num_heads = p.cache.num_kv_heads;
+  threads.run(static_cast<int64_t>(spans.size()) * num_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Span& span = spans[i / num_heads];
+      const int kv_head = static_cast<int>(i % num_heads);
+      if (p.cache.layout.group() == 64) {
+        dequantize_unit<64>(p, span, kv_head);
+      } else {
+        dequantize_unit<128>(p, span, kv_head);
+      }
+    }
+  });
+}
+
+}  // namespace tq::cpu

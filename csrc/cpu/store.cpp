@@ -1,0 +1,205 @@
+// Store: rotate, quantize, sketch and scatter keys and values.
+//
+// Sixteen vectors are coded at once, one per lane, so that every step is the scalar algorithm of
+// reference.py (encode_keys, encode_values) with the same order of float32 operations: the bytes are equal.
+// Compute-bound: about 3 transforms of group * log2(group) additions per key.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/rotation.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace tq::cpu {
+namespace {
+
+constexpr float kHalfMax = 65504.0f;
+
+// Codes of one group of sixteen vectors.
+struct GroupCode {
+  Words index[kMaxGroup / 16];  // 16 indices a word
+  Words sign[kMaxGroup / 32];   // 32 signs a word
+  uint16_t scale[kLanes];       // float16
+};
+
+// Sum x[kSize] by halving, in place.
+template <int kSize>
+Lanes tree_sum(Lanes* x) {
+  for (int half = kSize / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) x[j] = x[j] + x[j + half];
+  }
+  return x[0];
+}
+
+template <int kGroup>
+void rotate(const SignDiagonal& signs, const Lanes* x, Lanes* out) {
+  for (int j = 0; j < kGroup; ++j) out[j] = splat(signs[j]) * x[j];
+  hadamard<kGroup>(out);
+}
+
+Lanes sqrt(const Lanes& x) {
+  float value[kLanes];
+  store(value, x);
+  for (float& v : value) v = std::sqrt(v);
+  return load(value);
+}
+
+// Rotate and normalize x[kGroup]; write u, its indices and its centroids; return |x|.
+template <int kGroup>
+Lanes quantize(const SignDiagonal& signs, const Lanes* x, Lanes* u, Lanes* centroids, Words* index) {
+  using Book = Codebook<kGroup>;
+  Lanes squares[kGroup];
+  for (int j = 0; j < kGroup; ++j) squares[j] = x[j] * x[j];
+  const Lanes norm = sqrt(tree_sum<kGroup>(squares));
+  const Lanes inverse = where(norm > splat(0.0f), splat(1.0f) / norm, splat(0.0f));
+  rotate<kGroup>(signs, x, u);
+  for (int w = 0; w < kGroup / 16; ++w) index[w] = splat(0u);
+  for (int j = 0; j < kGroup; ++j) {
+    u[j] = u[j] * inverse;
+    const Words code = ((u[j] > splat(-Book::kBoundary)) & splat(1u)) +
+                       ((u[j] > splat(0.0f)) & splat(1u)) +
+                       ((u[j] > splat(Book::kBoundary)) & splat(1u));
+    centroids[j] = centroid<kGroup>(code);
+    index[j / 16] = index[j / 16] | (code << (2 * (j % 16)));
+  }
+  return norm;
+}
+
+// |x| sqrt(d) / <u, u^>, saturated, as float16; 0 for a zero vector.
+template <int kGroup>
+void finish_scale(const Lanes& norm, const Lanes& overlap, uint16_t* scale) {
+  float value[kLanes];
+  store(value, where(norm > splat(0.0f), norm * splat(Codebook<kGroup>::kRoot) / overlap, norm));
+  for (int i = 0; i < kLanes; ++i) {
+    scale[i] = half_from_float(value[i] > kHalfMax ? kHalfMax : value[i]);
+  }
+}
+
+template <int kGroup>
+void encode_key(const Lanes* x, GroupCode* code) {
+  Lanes u[kGroup], centroids[kGroup], projected[kGroup], scratch[kGroup];
+  const Lanes norm = quantize<kGroup>(kKeySigns, x, u, centroids, code->index);
+  for (int j = 0; j < kGroup; ++j) scratch[j] = u[j] - centroids[j];
+  rotate<kGroup>(kResidualSigns, scratch, projected);
+  for (int w = 0; w < kGroup / 32; ++w) code->sign[w] = splat(0u);
+  rotate<kGroup>(kResidualSigns, u, scratch);
+  for (int j = 0; j < kGroup; ++j) {
+    const Words positive = projected[j] >= splat(0.0f);
+    code->sign[j / 32] = code->sign[j / 32] | ((positive & splat(1u)) << (j % 32));
+    scratch[j] = where(positive, scratch[j], splat(-0.0f) - scratch[j]);
+  }
+  const Lanes agreement = tree_sum<kGroup>(scratch);
+  for (int j = 0; j < kGroup; ++j) centroids[j] = u[j] * centroids[j];
+  const Lanes overlap =
+      tree_sum<kGroup>(centroids) + splat(Codebook<kGroup>::kQjlWeight) * agreement;
+  finish_scale<kGroup>(norm, overlap, code->scale);
+}
+
+template <int kGroup>
+void encode_value(const Lanes* x, GroupCode* code) {
+  Lanes u[kGroup], centroids[kGroup];
+  const Lanes norm = quantize<kGroup>(kValueSigns, x, u, centroids, code->index);
+  for (int j = 0; j < kGroup; ++j) centroids[j] = u[j] * centroids[j];
+  finish_scale<kGroup>(norm, tree_sum<kGroup>(centroids), code->scale);
+}
+
+// One vector of a batch: where it comes from and where its slot is.
+struct Vector {
+  int64_t token;
+  int64_t kv_head;
+  uint8_t* region;
+  int64_t offset;  // of the token in its block
+};
+
+// Read group `g` of up to sixteen vectors into lanes x[kGroup]; lanes without a vector are 0.
+template <int kGroup>
+void gather(const Rows& rows, const Vector* vectors, int count, int g, const float* center,
+            int head_dim, Lanes* x) {
+  alignas(64) float transposed[kGroup][kLanes] = {};
+  float row[kGroup];
+  for (int i = 0; i < count; ++i) {
+    read_row(rows, vectors[i].token, vectors[i].kv_head, g * kGroup, kGroup, row);
+    const float* c = center ? center + vectors[i].kv_head * head_dim + g * kGroup : nullptr;
+    for (int j = 0; j < kGroup; ++j) transposed[j][i] = c ? row[j] - c[j] : row[j];
+  }
+  for (int j = 0; j < kGroup; ++j) x[j] = load(transposed[j]);
+}
+
+// Write word `word` of every lane at `at` bytes behind its region's start, tokens `stride_bytes` apart.
+void scatter(const Words& words, const Vector* vectors, int count, int64_t at, int stride_bytes) {
+  uint32_t value[kLanes];
+  tq::store(value, words);
+  for (int i = 0; i < count; ++i) {
+    std::memcpy(vectors[i].region + at + vectors[i].offset * stride_bytes, &value[i], 4);
+  }
+}
+
+void scatter_scale(const uint16_t* scale, const Vector* vectors, int count, int64_t at) {
+  for (int i = 0; i < count; ++i) {
+    std::memcpy(vectors[i].region + at + vectors[i].offset * kScaleBytes, &scale[i], kScaleBytes);
+  }
+}
+
+template <int kGroup>
+void store_batch(const StoreParams& p, const Vector* vectors, int count) {
+  const SlotLayout layout = p.cache.layout;
+  const BlockOffsets at = layout.offsets(p.cache.block_size);
+  Lanes x[kGroup];
+  GroupCode code;
+  for (int g = 0; g < layout.num_groups(); ++g) {
+    const int64_t scale_row = int64_t{g} * p.cache.block_size * kScaleBytes;
+    gather<kGroup>(p.key, vectors, count, g, p.center, layout.head_dim, x);
+    encode_key<kGroup>(x, &code);
+    for (int w = 0; w < kGroup / 16; ++w) {
+      scatter(code.index[w], vectors, count, at.key_index + (g * kGroup / 16 + w) * 4,
+              layout.index_bytes());
+    }
+    for (int w = 0; w < kGroup / 32; ++w) {
+      scatter(code.sign[w], vectors, count, at.key_sign + (g * kGroup / 32 + w) * 4,
+              layout.sign_bytes());
+    }
+    scatter_scale(code.scale, vectors, count, at.key_scale + scale_row);
+    gather<kGroup>(p.value, vectors, count, g, nullptr, layout.head_dim, x);
+    encode_value<kGroup>(x, &code);
+    for (int w = 0; w < kGroup / 16; ++w) {
+      scatter(code.index[w], vectors, count, at.value_index + (g * kGroup / 16 + w) * 4,
+              layout.index_bytes());
+    }
+    scatter_scale(code.scale, vectors, count, at.value_scale + scale_row);
+  }
+}
+
+}  // namespace
+
+void store(const StoreParams& p, const Threads& threads) {
+  std::vector<int64_t> tokens;
+  tokens.reserve(p.num_tokens);
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    if (p.slot_mapping[t] >= 0) tokens.push_back(t);
+  }
+  const int64_t num_heads = p.cache.num_kv_heads;
+  const int64_t num_vectors = static_cast<int64_t>(tokens.size()) * num_heads;
+  const int64_t num_batches = (num_vectors + kLanes - 1) / kLanes;
+  threads.run(num_batches, [&](int64_t begin, int64_t end) {
+    Vector vectors[kLanes];
+    for (int64_t batch = begin; batch < end; ++batch) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, num_vectors - batch * kLanes));
+      for (int i = 0; i < count; ++i) {
+        const int64_t v = batch * kLanes + i;
+        const int64_t token = tokens[v / num_heads], slot = p.slot_mapping[token];
+        vectors[i] = {token, v % num_heads,
+                      p.cache.region(slot / p.cache.block_size, v % num_heads),
+                      slot % p.cache.block_size};
+      }
+      if (p.cache.layout.group() == 64) {
+        store_batch<64>(p, vectors, count);
+      } else {
+        store_batch<128>(p, vectors, count);
+      }
+    }
+  });
+}
+
+}  // namespace tq::cpu

@@ -1,0 +1,19 @@
+// Schemas of the operators; each device's library registers its kernels for them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(turboquant, m) {
+  m.def(
+      "store(Tensor key, Tensor value, Tensor center, Tensor(a!) kv_cache, Tensor slot_mapping) "
+      "-> ()");
+  m.def(
+      "paged_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, Tensor center, float scale, bool causal, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
+  m.def(
+      "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
+      "Tensor center, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+  // Fills tensors with what the kernels were compiled with, for a test that compares it with Python.
+  m.def(
+      "format_constants(int head_dim, int block_size, Tensor(a!) offsets, Tensor(b!) codebook, "
+      "Tensor(c!) signs) -> ()");
+}

@@ -1,0 +1,154 @@
+"""The native operators ``torch.ops.turboquant.*``: loading, typed wrappers and fake implementations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def _load_cpu_library() -> None:
+    """Load the library for this CPU; ATEN_CPU_CAPABILITY chooses another one, as it does for PyTorch."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    variant = capability if capability in ("avx2", "avx512") else "default"
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob(f"_cpu_{variant}.*so"))
+    if not libraries:
+        raise ImportError(
+            f"vllm-turboquant's native library _cpu_{variant} was not built in {folder}; "
+            "build it with: pip install --no-build-isolation --no-deps -e ."
+        )
+    torch.ops.load_library(libraries[0])
+
+
+_load_cpu_library()
+
+
+def store(
+    key: Tensor, value: Tensor, center: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Compress keys and values into their slots; see ``reference.store``.
+
+    Args:
+        key: [>= num_tokens, num_kv_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
+        value: As ``key``.
+        center: [num_kv_heads, head_dim] float32.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        slot_mapping: [num_tokens] int64; negative slots are skipped.
+
+    Raises:
+        RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
+    """
+    torch.ops.turboquant.store(key, value, center, kv_cache, slot_mapping)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    center: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attend to cached tokens; see ``reference.attention``.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        block_table: [num_reqs, max_blocks] int32; entries past a request's tokens are not read.
+        seq_lens: [num_reqs] int32.
+        query_start_loc: [num_reqs + 1] int32.
+        center: [num_kv_heads, head_dim] float32.
+        scale: Softmax scale.
+        causal: Whether the last query row of a request sees all its tokens, the one before it one less.
+        out: [>= num_tokens, num_heads, head_dim], any of the dtypes of ``query``; rows past
+            ``query_start_loc[-1]`` stay untouched.
+        lse: [num_heads, >= num_tokens] float32, natural logarithm.
+
+    Raises:
+        RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
+    """
+    torch.ops.turboquant.paged_attention(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        center,
+        scale,
+        causal,
+        out,
+        lse,
+    )
+
+
+def dequantize(
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_starts: Tensor,
+    cu_seq_lens: Tensor,
+    center: Tensor,
+    key_out: Tensor,
+    value_out: Tensor,
+) -> None:
+    """Reconstruct a range of tokens of every request.
+
+    Request i writes its tokens from ``seq_starts[i]`` on to rows ``cu_seq_lens[i]`` to
+    ``cu_seq_lens[i + 1]``, so that a context of any length can be read in tiles of bounded size.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        block_table: [num_reqs, max_blocks] int32.
+        seq_starts: [num_reqs] int32.
+        cu_seq_lens: [num_reqs + 1] int32.
+        center: [num_kv_heads, head_dim] float32, added back to keys.
+        key_out: [>= cu_seq_lens[-1], num_kv_heads, head_dim] float32 | float16 | bfloat16.
+        value_out: As ``key_out``.
+
+    Raises:
+        RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
+    """
+    torch.ops.turboquant.dequantize(
+        kv_cache, block_table, seq_starts, cu_seq_lens, center, key_out, value_out
+    )
+
+
+@torch.library.register_fake("turboquant::store")
+def _store_fake(
+    key: Tensor, value: Tensor, center: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Writes in place, returns nothing."""
+
+
+@torch.library.register_fake("turboquant::paged_attention")
+def _paged_attention_fake(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    center: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Writes in place, returns nothing."""
+
+
+@torch.library.register_fake("turboquant::dequantize")
+def _dequantize_fake(
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_starts: Tensor,
+    cu_seq_lens: Tensor,
+    center: Tensor,
+    key_out: Tensor,
+    value_out: Tensor,
+) -> None:
+    """Writes in place, returns nothing."""
