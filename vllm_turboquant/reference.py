@@ -399,7 +399,8 @@ def _root(layout: SlotLayout) -> Tensor:
 
 def _quantize(x: Tensor, signs: Tensor, book: Codebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotate and normalize [..., group]; return the norm [..., 1], u, its index and its centroid."""
-    norm = tree_sum(x * x).sqrt()
+    # NOTE: torch.sqrt is not correctly rounded in float32; kernels are.
+    norm = tree_sum(x * x).double().sqrt().float()
     # hadamard() is sqrt(d) times orthonormal: exactly the factor that makes u have unit variance.
     u = hadamard(signs * x) * torch.where(norm > 0, 1 / norm, 0.0)
     index = torch.zeros_like(u, dtype=torch.uint8)
