@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -79,7 +80,8 @@ def run_step(
         position = torch.arange(first, last)
         return block_table[req, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
 
-    with set_current_vllm_config(config):
+    # Models are built while PyTorch's default dtype is the model's.
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
     requests, queries, keys, values, mapping = [], [], [], [], []
     for req, (context, fresh) in enumerate(zip(spec.context_lens, spec.query_lens, strict=True)):

@@ -51,7 +51,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.center = torch.zeros(self.num_kv_heads, head_size)
+        self.center = torch.zeros(self.num_kv_heads, head_size, dtype=torch.float32)
 
     def do_kv_cache_update(
         self,

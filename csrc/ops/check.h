@@ -41,8 +41,22 @@ inline void check_shape(const char* name, const Tensor& x, std::initializer_list
   STD_TORCH_CHECK(matches, name, " has shape ", shape_of(x), ", expected ", join(expected));
 }
 
-inline void check_dtype(const char* name, const Tensor& x, ScalarType expected, const char* spelled) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, name, " must be ", spelled);
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    default: return "another dtype";
+  }
+}
+
+inline void check_dtype(const char* name, const Tensor& x, ScalarType expected) {
+  STD_TORCH_CHECK(x.scalar_type() == expected, name, " is ", dtype_name(x.scalar_type()),
+                  ", expected ", dtype_name(expected));
 }
 
 inline void check_contiguous(const char* name, const Tensor& x) {
@@ -56,7 +70,8 @@ inline Dtype float_dtype(const char* name, const Tensor& x) {
     case ScalarType::BFloat16: return Dtype::kBfloat16;
     default: break;
   }
-  STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(false, name, " is ", dtype_name(x.scalar_type()),
+                  ", expected float32, float16 or bfloat16");
 }
 
 // [num_tokens, num_heads, head_dim] with a contiguous last axis.
@@ -81,7 +96,7 @@ inline Cache cache(const Tensor& x, int64_t head_dim) {
   STD_TORCH_CHECK(SlotLayout::supports(static_cast<int>(head_dim)), "head_dim is ", head_dim,
                   ", supported: 64, 128, 256, 384, 512");
   const SlotLayout layout{static_cast<int>(head_dim)};
-  check_dtype("kv_cache", x, ScalarType::Byte, "uint8");
+  check_dtype("kv_cache", x, ScalarType::Byte);
   check_shape("kv_cache", x, {kAny, kAny, kAny, layout.slot_bytes()});
   const int64_t block_size = x.size(2);
   STD_TORCH_CHECK(block_size > 0 && block_size % kBlockSizeMultiple == 0,
@@ -99,7 +114,7 @@ inline Cache cache(const Tensor& x, int64_t head_dim) {
 }
 
 inline const float* center(const Tensor& x, int64_t num_kv_heads, int64_t head_dim) {
-  check_dtype("center", x, ScalarType::Float, "float32");
+  check_dtype("center", x, ScalarType::Float);
   check_shape("center", x, {num_kv_heads, head_dim});
   check_contiguous("center", x);
   return static_cast<const float*>(x.data_ptr());
@@ -107,14 +122,14 @@ inline const float* center(const Tensor& x, int64_t num_kv_heads, int64_t head_d
 
 // Contiguous int32 [size].
 inline const int32_t* int_vector(const char* name, const Tensor& x, int64_t size) {
-  check_dtype(name, x, ScalarType::Int, "int32");
+  check_dtype(name, x, ScalarType::Int);
   check_shape(name, x, {size});
   check_contiguous(name, x);
   return static_cast<const int32_t*>(x.data_ptr());
 }
 
 inline BlockTable block_table(const Tensor& x, int64_t num_reqs) {
-  check_dtype("block_table", x, ScalarType::Int, "int32");
+  check_dtype("block_table", x, ScalarType::Int);
   check_shape("block_table", x, {num_reqs, kAny});
   STD_TORCH_CHECK(x.size(1) == 0 || x.stride(1) == 1, "block_table has stride ", x.stride(1),
                   " along blocks, expected 1");

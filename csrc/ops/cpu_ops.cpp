@@ -27,7 +27,7 @@ void store(const Tensor& key, const Tensor& value, const Tensor& center_, Tensor
   p.key = rows("key", key, num_kv_heads, head_dim);
   p.value = rows("value", value, num_kv_heads, head_dim);
   p.center = center(center_, num_kv_heads, head_dim);
-  check_dtype("slot_mapping", slot_mapping, ScalarType::Long, "int64");
+  check_dtype("slot_mapping", slot_mapping, ScalarType::Long);
   check_shape("slot_mapping", slot_mapping, {kAny});
   check_contiguous("slot_mapping", slot_mapping);
   p.num_tokens = slot_mapping.size(0);
@@ -62,7 +62,7 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   p.scale = static_cast<float>(scale);
   p.causal = causal;
   p.out = mutable_rows("out", out, num_heads, head_dim);
-  check_dtype("lse", lse, ScalarType::Float, "float32");
+  check_dtype("lse", lse, ScalarType::Float);
   check_shape("lse", lse, {num_heads, kAny});
   STD_TORCH_CHECK(lse.stride(1) == 1, "lse has stride ", lse.stride(1),
                   " along tokens, expected 1");
@@ -120,14 +120,14 @@ void format_constants(int64_t head_dim, int64_t block_size, Tensor offsets, Tens
   const SlotLayout layout{static_cast<int>(head_dim)};
   const BlockOffsets at = layout.offsets(block_size);
   check_shape("offsets", offsets, {6});
-  check_dtype("offsets", offsets, ScalarType::Long, "int64");
+  check_dtype("offsets", offsets, ScalarType::Long);
   std::memcpy(offsets.data_ptr(), &at, sizeof at);
   check_shape("codebook", codebook, {6});
-  check_dtype("codebook", codebook, ScalarType::Float, "float32");
+  check_dtype("codebook", codebook, ScalarType::Float);
   float* book = static_cast<float*>(codebook.data_ptr());
   layout.group() == 64 ? fill_codebook<64>(book) : fill_codebook<128>(book);
   check_shape("signs", signs, {3, kMaxGroup});
-  check_dtype("signs", signs, ScalarType::Float, "float32");
+  check_dtype("signs", signs, ScalarType::Float);
   float* sign = static_cast<float*>(signs.data_ptr());
   for (const SignDiagonal& diagonal : {kKeySigns, kResidualSigns, kValueSigns}) {
     for (int j = 0; j < kMaxGroup; ++j) *sign++ = diagonal[j];
