@@ -1,4 +1,4 @@
-"""Builds the native libraries. They use PyTorch's stable ABI and load into any PyTorch from 2.11 on."""
+"""Builds the native libraries, on PyTorch's stable ABI: they load into any PyTorch from 2.11 on."""
 
 import platform
 from pathlib import Path
@@ -14,7 +14,7 @@ CPU_SOURCES = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/dequantize.cpp",
 ]
-#: One library per instruction set, named as PyTorch names its CPU capabilities; ops.py loads one of them.
+#: A library per instruction set, named as PyTorch names CPU capabilities; ops.py loads one of them.
 CPU_VARIANTS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS |= {

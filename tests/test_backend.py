@@ -88,9 +88,7 @@ def run_step(
         seq_len = context + fresh
         query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator)
         key, value = torch.randn(2, seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-        impl.do_kv_cache_update(
-            None, key[:context], value[:context], cache, slots(req, 0, context)
-        )
+        impl.do_kv_cache_update(None, key[:context], value[:context], cache, slots(req, 0, context))
         requests.append((query, key, value))
         queries.append(query)
         keys.append(key[context:])
@@ -127,7 +125,7 @@ def run_step(
 
 
 def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tensor:
-    """Attention in float64 where all but the last ``num_exact`` tokens are read back from their codes."""
+    """Attention in float64 where all but the last ``num_exact`` tokens are read from codes."""
     layout, center = SlotLayout(HEAD_DIM), torch.zeros(NUM_KV_HEADS, HEAD_DIM)
     first_exact = key.shape[0] - num_exact
     decoded_key = reference.decode_keys(reference.encode_keys(key, center, layout), center, layout)

@@ -214,5 +214,3 @@ def assert_one_line(error: Exception, reason: str) -> None:
     assert text.startswith("--kv-cache-dtype turboquant3 cannot serve this model as configured: ")
     assert text.endswith("Change that, or use --kv-cache-dtype auto.")
     assert "\n" not in text
-
-

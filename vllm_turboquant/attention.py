@@ -38,7 +38,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         **extra: Any,
     ) -> None:
         for needed, feature in (
-            (alibi_slopes is not None, "ALiBi is not supported, only rotary or no position bias is"),
+            (alibi_slopes is not None, "ALiBi is not supported, only rotary embeddings are"),
             (sliding_window is not None, "sliding-window layers are not supported yet"),
             (bool(logits_soft_cap), "a logits soft cap is not supported yet"),
             (kv_sharing_target_layer_name is not None, "KV sharing is not supported yet"),
@@ -94,7 +94,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
             attn_metadata: None in vLLM's profiling runs.
             output: [num_tokens, num_heads, head_dim], written in place.
-            output_scale: None; vLLM only fuses output quantization where an implementation offers it.
+            output_scale: None; this implementation offers no fused output quantization.
             output_block_scale: As ``output_scale``.
 
         Returns:
@@ -175,8 +175,8 @@ def causal_attention(
         scale: Softmax scale.
 
     Returns:
-        Output [num_tokens, num_heads, head_dim] in ``query``'s dtype and lse [num_heads, num_tokens]
-        float32, natural logarithm.
+        Output [num_tokens, num_heads, head_dim] in ``query``'s dtype and lse [num_heads,
+        num_tokens] float32, natural logarithm.
     """
     # The operator behind scaled_dot_product_attention, which keeps the lse to itself.
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

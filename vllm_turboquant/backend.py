@@ -97,7 +97,7 @@ class TurboQuant3Backend(AttentionBackend):
         return replace(spec, state_content_bytes=SlotLayout(spec.head_size).slot_bytes)
 
     @classmethod
-    def validate_configuration(cls, **config: Any) -> list[str]:  # type: ignore[override]
+    def validate_configuration(cls, **config: Any) -> list[str]:
         """List why a layer cannot be served, each reason a phrase that says what is supported."""
         attn_type = config["attn_type"]
         head_size, block_size = config["head_size"], config["block_size"]
@@ -127,16 +127,16 @@ class TurboQuant3Backend(AttentionBackend):
             ),
             (
                 config["use_per_head_quant_scales"],
-                "float8 attention (a checkpoint with per-head float8 scales) is not supported, only "
-                "float16, bfloat16 and float32 attention is",
+                "float8 attention (a checkpoint with per-head float8 scales) is not supported, "
+                "only float16, bfloat16 and float32 attention is",
             ),
             (config["has_sink"], "attention sinks are not supported yet"),
             (config["has_sliding_window"], "sliding-window layers are not supported yet"),
             (config.get("use_kv_connector"), "KV connectors are not supported yet"),
             (
                 not current_platform.is_cpu(),
-                f"the device {current_platform.device_name or 'unknown'} is not supported yet, only "
-                "CPUs are",
+                f"the device {current_platform.device_name or 'unknown'} is not supported yet, "
+                "only CPUs are",
             ),
         )
         # vLLM's own checks follow for what no sentence above covers.
@@ -160,8 +160,9 @@ def select_backend(selected: AttentionBackendEnum | None, config: AttentionSelec
     """
     _refuse_unsupported(selected, config)
     path = f"{TurboQuant3Backend.__module__}.{TurboQuant3Backend.__qualname__}"
-    # NOTE: registered by the process that builds the model and not at plugin load. Enum members travel
-    # between processes by value: one that the parent knows and its children do not cannot be unpickled.
+    # NOTE: registered by the process that builds the model and not at plugin load. Enum members
+    # travel between processes by value: one that the parent knows and its children do not cannot be
+    # unpickled.
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, path)
     return path

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,9 +40,9 @@ class Codebook:
     def qjl_scale(self) -> float:
         """rho = sqrt(2 / pi) * sqrt(distortion): the size that a residual sign stands for.
 
-        For a residual with coordinates of variance ``distortion``, E|z| = rho, so rho * sign(z) is the
-        least-squares estimate of z from its sign. The unbiased factor of arXiv 2406.03482 would be
-        larger and add variance; here one scale per vector removes the bias instead.
+        For a residual with coordinates of variance ``distortion``, E|z| = rho, so rho * sign(z) is
+        the least-squares estimate of z from its sign. The unbiased factor of arXiv 2406.03482 would
+        be larger and add variance; here one scale per vector removes the bias instead.
         """
         return math.sqrt(2 / math.pi * self.distortion)
 
@@ -53,7 +54,7 @@ def _moments(lower: float, upper: float, dim: int) -> tuple[float, float]:
     return float(density.sum()), float((density * x).sum())
 
 
-@lru_cache(maxsize=None)
+@cache
 def solve_codebook(bits: int, dim: int) -> Codebook:
     """Solve the Lloyd-Max conditions by fixed-point iteration.
 
@@ -73,7 +74,7 @@ def solve_codebook(bits: int, dim: int) -> Codebook:
     mass = np.empty(half)
     for _ in range(20_000):
         cuts = [0.0, *((positive[1:] + positive[:-1]) / 2).tolist(), edge]
-        moments = [_moments(a, b, dim) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        moments = [_moments(a, b, dim) for a, b in pairwise(cuts)]
         updated = np.array([first / zeroth for zeroth, first in moments])
         mass = np.array([zeroth for zeroth, _ in moments])
         change = float(np.abs(updated - positive).max())

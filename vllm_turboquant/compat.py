@@ -11,7 +11,7 @@ SUPPORTED_VLLM = ">=0.32,<0.34"
 
 
 def is_supported_vllm(version: str) -> bool:
-    """Whether this package was written for a vLLM version, pre-releases and local builds included."""
+    """Whether this package was written for ``version`` of vLLM, be it a pre-release or local."""
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)

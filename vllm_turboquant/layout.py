@@ -1,16 +1,18 @@
 """Bits, bytes and offsets of a turboquant3 cache block: the only Python source of them.
 
 A *slot* is what one token of one KV head occupies. A head is coded in *groups* of at most 128
-coordinates, each alone, so slot bytes are proportional to head_dim. The slots of one (block, KV head)
-form one contiguous region, stored as a structure of arrays so that every kernel reads long runs:
+coordinates, each alone, so slot bytes are proportional to head_dim. The slots of one (block, KV
+head) form one contiguous region, stored as a structure of arrays so that every kernel reads long
+runs:
 
-    key_index    [block_size, head_dim / 4]    uint8    2-bit codes, coordinate j at bits 2 * (j % 4)
-    key_sign     [block_size, head_dim / 8]    uint8    1-bit signs, coordinate j at bit j % 8, 1 = +1
+    key_index    [block_size, head_dim / 4]    uint8    2-bit codes, coordinate j at bits 2 (j % 4)
+    key_sign     [block_size, head_dim / 8]    uint8    1-bit signs, coordinate j at bit j % 8
     value_index  [block_size, head_dim / 4]    uint8    as key_index
     key_scale    [num_groups, block_size]      float16  little-endian
     value_scale  [num_groups, block_size]      float16  little-endian
 
-``csrc/core/layout.h`` mirrors this file for the kernels; ``tests/test_layout.py`` holds the two equal.
+A sign bit of 1 stands for +1. ``csrc/core/layout.h`` mirrors this file for the kernels; a test
+holds the two equal.
 """
 
 from __future__ import annotations

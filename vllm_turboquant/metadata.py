@@ -1,8 +1,9 @@
-"""Per-step attention metadata: which query rows read codes only and which also attend to fresh tokens."""
+"""Per-step attention metadata: which query rows read codes and which attend to fresh tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +35,8 @@ class PagedRequests:
     """Consecutive requests and the cached tokens their query rows attend to.
 
     Attributes:
-        query_start_loc: [num_reqs + 1] int32, first query row of each request, counted from the first
-            row of these requests.
+        query_start_loc: [num_reqs + 1] int32, first query row of each request, counted from the
+            first row of these requests.
         seq_lens: [num_reqs] int32, cached tokens to read.
         block_table: [num_reqs, max_blocks] int32.
     """
@@ -52,9 +53,9 @@ class TurboQuant3Metadata(AttentionMetadata):
         rows    |d0|d1|d2|p0 p0 p0 p0|p1 p1 p1|padding
                  decode   prefill
 
-    A decode row reads every token, its own included, from codes. A prefill row reads the tokens computed
-    in earlier steps (its context) from codes and those of this step from the model's own keys and values;
-    the two results are merged by log-sum-exp.
+    A decode row reads every token, its own included, from codes. A prefill row reads the tokens
+    computed in earlier steps (its context) from codes and those of this step from the model's own
+    keys and values; the two results are merged by log-sum-exp.
 
     Attributes:
         num_decode_tokens: Rows of the decode requests.
@@ -120,7 +121,7 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
             num_decode_tokens=num_decode_tokens,
             decode=decode,
             context=context,
-            fresh=list(zip(starts[:-1], starts[1:], strict=True)),
+            fresh=list(pairwise(starts)),
         )
 
 
@@ -136,8 +137,8 @@ def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:
     element_bytes = vllm_config.model_config.dtype.itemsize
     coverage = "every one" if num_ours == len(layers) else f"only {num_ours}"
     logger.info_once(
-        "%s KV cache: %d bytes per token and KV head instead of %d, %.2fx smaller, in %s of the model's "
-        "%d attention layers",
+        "%s KV cache: %d bytes per token and KV head instead of %d, %.2fx smaller, in %s of "
+        "the model's %d attention layers",
         CACHE_DTYPE,
         layout.slot_bytes,
         2 * head_dim * element_bytes,

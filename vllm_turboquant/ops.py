@@ -1,4 +1,4 @@
-"""The native operators ``torch.ops.turboquant.*``: loading, typed wrappers and fake implementations."""
+"""The native operators ``torch.ops.turboquant.*``: loading, typed wrappers and fakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _load_cpu_library() -> None:
-    """Load the library for this CPU; ATEN_CPU_CAPABILITY chooses another one, as it does for PyTorch."""
+    """Load the library for this CPU; as for PyTorch, ATEN_CPU_CAPABILITY may choose another."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     variant = capability if capability in ("avx2", "avx512") else "default"
     folder = Path(__file__).parent
@@ -31,10 +31,12 @@ def store(
     """Compress keys and values into their slots; see ``reference.store``.
 
     Args:
-        key: [>= num_tokens, num_kv_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
+        key: [>= num_tokens, num_kv_heads, head_dim] float32 | float16 | bfloat16, last axis
+            contiguous.
         value: As ``key``.
         center: [num_kv_heads, head_dim] float32.
-        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
+            contiguous.
         slot_mapping: [num_tokens] int64; negative slots are skipped.
 
     Raises:
@@ -59,13 +61,15 @@ def paged_attention(
 
     Args:
         query: [num_tokens, num_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
-        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
+            contiguous.
         block_table: [num_reqs, max_blocks] int32; entries past a request's tokens are not read.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
         center: [num_kv_heads, head_dim] float32.
         scale: Softmax scale.
-        causal: Whether the last query row of a request sees all its tokens, the one before it one less.
+        causal: Whether the last query row of a request sees all its tokens, the one before it one
+            less.
         out: [>= num_tokens, num_heads, head_dim], any of the dtypes of ``query``; rows past
             ``query_start_loc[-1]`` stay untouched.
         lse: [num_heads, >= num_tokens] float32, natural logarithm.
@@ -102,7 +106,8 @@ def dequantize(
     ``cu_seq_lens[i + 1]``, so that a context of any length can be read in tiles of bounded size.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
+            contiguous.
         block_table: [num_reqs, max_blocks] int32.
         seq_starts: [num_reqs] int32.
         cu_seq_lens: [num_reqs + 1] int32.

@@ -13,11 +13,11 @@ KEY = "turboquant"
 
 
 class OptionsError(RuntimeError):
-    """The options are not valid. Not a ValueError, for the reason that ``UnsupportedError`` is none."""
+    """The options are not valid. No ValueError, for the same reason as ``UnsupportedError``."""
 
 
 class Options(BaseModel):
-    """Settings of the cache, e.g. ``--additional-config '{"turboquant": {"exact_prefill": false}}'``.
+    """Settings of the cache: ``--additional-config '{"turboquant": {"exact_prefill": false}}'``.
 
     Unknown names and values of another type are refused.
     """

@@ -1,7 +1,7 @@
 """Entry point of the vLLM plugin: make ``--kv-cache-dtype turboquant3`` exist.
 
-vLLM calls ``register`` in every process it starts, before it parses arguments. Nothing here imports the
-backend: it is named by its path, and a run with another cache dtype never loads it.
+vLLM calls ``register`` in every process it starts, before it parses arguments. Nothing here
+imports the backend: it is named by its path, and a run with another cache dtype never loads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def register() -> None:
 
     if not is_supported_vllm(vllm_version):
         init_logger("vllm.turboquant").warning(
-            "vllm-turboquant %s supports vLLM %s and this is %s: --kv-cache-dtype %s is not available",
+            "vllm-turboquant %s supports vLLM %s and this is %s: "
+            "--kv-cache-dtype %s is not available",
             __version__,
             SUPPORTED_VLLM,
             vllm_version,
@@ -38,7 +39,7 @@ def register() -> None:
         )
         return
     register_cache_dtype(CACHE_DTYPE, torch.uint8)
-    _hook_platform(type(current_platform))
+    _hook_platform(type(current_platform))  # type: ignore[arg-type]  # vLLM is not followed
 
 
 @functools.cache  # a platform is hooked once
@@ -48,10 +49,10 @@ def _hook_platform(platform: type[Platform]) -> None:
 
 
 def _hook_backend_selection(platform: type[Platform]) -> None:
-    """Let layers with our cache dtype choose our backend; every other layer passes through untouched.
+    """Let layers with our cache dtype choose our backend and all others pass through untouched.
 
-    A hook is needed because vLLM selects from a fixed list, and on CPU, in 0.32, without looking at the
-    cache dtype at all.
+    A hook is needed because vLLM selects from a fixed list, and on CPU, in 0.32, without looking at
+    the cache dtype at all.
     """
     select = platform.get_attn_backend_cls
 
@@ -68,14 +69,14 @@ def _hook_backend_selection(platform: type[Platform]) -> None:
 
         return select_backend(selected_backend, attn_selector_config)
 
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def _hook_config_check(platform: type[Platform]) -> None:
     """Refuse what the configuration already shows in the process that the user started.
 
-    Layers are checked again one by one when the model is built, but that is in a child process, and its
-    error would stand far above the end of the log.
+    Layers are checked again one by one when the model is built, but that is in a child process, and
+    its error would stand far above the end of the log.
     """
     check = platform.check_and_update_config
 
@@ -87,4 +88,4 @@ def _hook_config_check(platform: type[Platform]) -> None:
             check_config(vllm_config)
         check(vllm_config)
 
-    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
+    platform.check_and_update_config = classmethod(check_and_update_config)

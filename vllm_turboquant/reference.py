@@ -11,13 +11,13 @@ Per group of d coordinates (H the orthonormal Hadamard matrix; D1, D2, D3 fixed 
     score  <q, k^ - c> = alpha (<q1, C[i]> + rho <q2, s>),    q1 = H D1 q,    q2 = H D2 q1
     output (H D3)^T sum_t p_t beta_t C[i_t]
 
-Source: arXiv 2504.19874, Alg. 2 (TurboQuant_prod). It departs from the paper in two points: S = H D2 is
-orthogonal and not Gaussian (as in the experiments of arXiv 2406.03482, section 4.1), with rho the
-least-squares and not the unbiased factor of the signs; and one scale per vector, which makes <x, x^>
-unbiased, replaces the two norms. Keys are centered first, which the softmax cannot see.
+Source: arXiv 2504.19874, Alg. 2 (TurboQuant_prod). It departs from the paper in two points: S = H
+D2 is orthogonal and not Gaussian (as in the experiments of arXiv 2406.03482, section 4.1), with rho
+the least-squares and not the unbiased factor of the signs; and one scale per vector, which makes
+<x, x^> unbiased, replaces the two norms. Keys are centered first, which the softmax cannot see.
 
-Encoding is defined in float32 and in this order of operations, so that every kernel can produce the same
-bytes; ``tree_sum`` and ``hadamard`` fix the order of additions.
+Encoding is defined in float32 and in this order of operations, so that every kernel can produce the
+same bytes; ``tree_sum`` and ``hadamard`` fix the order of additions.
 """
 
 from __future__ import annotations
@@ -190,11 +190,13 @@ def store(
     """Encode tokens and write their slots in place.
 
     Args:
-        key: [>= num_tokens, num_kv_heads, head_dim], any floating dtype; rows past num_tokens are ignored.
+        key: [>= num_tokens, num_kv_heads, head_dim], any floating dtype; rows past num_tokens are
+            ignored.
         value: As ``key``.
         center: [num_kv_heads, head_dim] float32.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
-        slot_mapping: [num_tokens] int64, block * block_size + offset in block; negative ones are skipped.
+        slot_mapping: [num_tokens] int64, block * block_size + offset in block; negative ones are
+            skipped.
     """
     layout = SlotLayout(key.shape[-1])
     block_size = kv_cache.shape[2]
@@ -245,7 +247,8 @@ def block_arrays(kv_cache: Tensor, layout: SlotLayout) -> dict[str, Tensor]:
     """View the arrays of every block region without copying.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head) contiguous.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
+            contiguous.
 
     Returns:
         Views by section name: codes [num_blocks, num_kv_heads, block_size, bytes] uint8, scales
@@ -286,13 +289,14 @@ def attention(
         query_start_loc: [num_reqs + 1] integer, first query row of each request.
         center: [num_kv_heads, head_dim] float32.
         scale: Softmax scale.
-        causal: The last query row of a request sees all its seq_len tokens, the one before it one token
-            less, and so on; otherwise every row sees all.
+        causal: The last query row of a request sees all its seq_len tokens, the one before it one
+            token less, and so on; otherwise every row sees all.
         dtype: Precision of the arithmetic.
 
     Returns:
         Output [num_tokens, num_heads, head_dim], 0 for a row that sees nothing, and the natural
-        log-sum-exp of the scaled scores [num_heads, num_tokens], -inf for such a row; both in ``dtype``.
+        log-sum-exp of the scaled scores [num_heads, num_tokens], -inf for such a row; both in
+        ``dtype``.
     """
     layout = SlotLayout(query.shape[-1])
     num_tokens, num_heads, head_dim = query.shape
@@ -312,7 +316,8 @@ def attention(
             hidden = torch.arange(seq_len) >= visible[:, None]
             scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
         lse[first:last] = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - lse[first:last, ..., None]).nan_to_num()  # a row that sees nothing
+        # A row that sees nothing has -inf - -inf here.
+        weights = torch.exp(scores - lse[first:last, ..., None]).nan_to_num()
         weighted = torch.einsum(
             "qhrt,thgd->qhrgd",
             weights,
@@ -326,11 +331,12 @@ def attention(
 def score_codes(query: Tensor, code: KeyCode, center: Tensor, layout: SlotLayout) -> Tensor:
     """Inner products of queries with coded keys, unscaled, the center's share included.
 
-    The center's share is the same for every key of a head, so a softmax over codes alone does not need
-    it; with it, the scores can meet those of uncoded keys in one softmax.
+    The center's share is the same for every key of a head, so a softmax over codes alone does not
+    need it; with it, the scores can meet those of uncoded keys in one softmax.
 
     Args:
-        query: [num_tokens, num_kv_heads, group_size, head_dim]; the arithmetic is done in its dtype.
+        query: [num_tokens, num_kv_heads, group_size, head_dim]; the arithmetic is done in its
+            dtype.
         code: Codes of [seq_len, num_kv_heads] keys.
         center: [num_kv_heads, head_dim] float32.
 
@@ -398,7 +404,7 @@ def _root(layout: SlotLayout) -> Tensor:
 
 
 def _quantize(x: Tensor, signs: Tensor, book: Codebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotate and normalize [..., group]; return the norm [..., 1], u, its index and its centroid."""
+    """Rotate and normalize [..., group]; return the norm [..., 1], u, its indices and centroids."""
     # NOTE: torch.sqrt is not correctly rounded in float32; kernels are.
     norm = tree_sum(x * x).double().sqrt().float()
     # hadamard() is sqrt(d) times orthonormal: exactly the factor that makes u have unit variance.
@@ -411,7 +417,7 @@ def _quantize(x: Tensor, signs: Tensor, book: Codebook) -> tuple[Tensor, Tensor,
 
 
 def _scale(length: Tensor, overlap: Tensor) -> Tensor:
-    """|x| / sqrt(d) * <u, u> / <u, u^> with <u, u> = d; saturates so that finite input stays finite."""
+    """|x| / sqrt(d) * <u, u> / <u, u^> with <u, u> = d; saturates to keep finite input finite."""
     scale = torch.where(length == 0, 0.0, length / overlap)  # not 0 / 0
     return scale.clamp(max=FLOAT16_MAX).half()[..., 0]
 

@@ -14,8 +14,9 @@ from vllm_turboquant.layout import MAX_GROUP
 def hadamard(x: Tensor) -> Tensor:
     """Multiply the last axis by the unnormalized Sylvester-Hadamard matrix.
 
-    Butterflies run from the largest stride to the smallest, each output one addition or subtraction.
-    Every kernel keeps this order, so results are equal bit for bit in the same precision.
+    Butterflies run from the largest stride to the smallest, each output one addition or
+    subtraction. Every kernel keeps this order, so results are equal bit for bit in the same
+    precision.
 
     Args:
         x: [..., n], n a power of two, any floating dtype.

@@ -1,6 +1,7 @@
 // Lloyd-Max codebook of a rotated coordinate, 2 bits.
 //
-// Solved by vllm_turboquant/codebook.py (arXiv 2504.19874, Lemma 1) and pinned here; a test compares.
+// Solved by vllm_turboquant/codebook.py (arXiv 2504.19874, Lemma 1) and pinned here; a test
+// compares.
 #pragma once
 
 namespace tq {

@@ -30,12 +30,9 @@ struct SlotLayout {
   int head_dim;
 
   TQ_HOST_DEVICE static constexpr bool supports(int head_dim) {
-    return head_dim == 64 ||
-           (head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kMaxGroup == 0);
+    return head_dim == 64 || (head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kMaxGroup == 0);
   }
-  TQ_HOST_DEVICE constexpr int group() const {
-    return head_dim < kMaxGroup ? head_dim : kMaxGroup;
-  }
+  TQ_HOST_DEVICE constexpr int group() const { return head_dim < kMaxGroup ? head_dim : kMaxGroup; }
   TQ_HOST_DEVICE constexpr int num_groups() const { return head_dim / group(); }
   TQ_HOST_DEVICE constexpr int index_bytes() const { return head_dim * kIndexBits / 8; }
   TQ_HOST_DEVICE constexpr int sign_bytes() const { return head_dim * kSignBits / 8; }

@@ -26,8 +26,8 @@ struct MutableRows {
   int64_t head_stride;
 };
 
-// Block pool [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; each (block, head) is one contiguous
-// region of SlotLayout. Offsets need 64 bits: a pool may exceed 2 GiB.
+// Block pool [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; each (block, head) is one
+// contiguous region of SlotLayout. Offsets need 64 bits: a pool may exceed 2 GiB.
 struct Cache {
   uint8_t* data;
   int64_t block_stride_bytes;
@@ -75,11 +75,11 @@ struct AttentionParams {
 struct DequantizeParams {
   Cache cache;
   BlockTable block_table;
-  const int32_t* seq_starts;    // [num_reqs], first token to read
-  const int32_t* cu_seq_lens;   // [num_reqs + 1], first row to write
-  const float* center;          // [num_kv_heads, head_dim] contiguous
-  MutableRows key;              // [cu_seq_lens[num_reqs], num_kv_heads, head_dim]
-  MutableRows value;            // as key
+  const int32_t* seq_starts;   // [num_reqs], first token to read
+  const int32_t* cu_seq_lens;  // [num_reqs + 1], first row to write
+  const float* center;         // [num_kv_heads, head_dim] contiguous
+  MutableRows key;             // [cu_seq_lens[num_reqs], num_kv_heads, head_dim]
+  MutableRows value;           // as key
   int num_reqs;
 };
 

@@ -23,8 +23,8 @@ inline constexpr SignDiagonal kKeySigns{{0x6a7ca8862cc9860e, 0x04ef5da78235350e}
 inline constexpr SignDiagonal kResidualSigns{{0xfb30eff09dced6df, 0xcaa1661a33ce8266}};  // D2
 inline constexpr SignDiagonal kValueSigns{{0x6b563e17c748a7dd, 0xbd3614c9fafa9085}};     // D3
 
-// Multiply x[kSize] in place by the unnormalized Hadamard matrix, largest stride first. T is a float or a
-// vector of floats, each lane a transform of its own.
+// Multiply x[kSize] in place by the unnormalized Hadamard matrix, largest stride first. T is a
+// float or a vector of floats, each lane a transform of its own.
 template <int kSize, typename T>
 TQ_HOST_DEVICE inline void hadamard(T* x) {
   for (int stride = kSize / 2; stride > 0; stride /= 2) {

@@ -1,11 +1,11 @@
 // Paged decode attention over codes.
 //
-// Work items: (request, KV head, tile of query rows, split of the tokens). A row is one query head of one
-// query token; the rows of a KV head share every decoded code. Tokens stand in lanes for the scores and
-// coordinates for the output, so that neither needs a horizontal sum.
-// Score: alpha (<q1, C[i]> + rho <q2, s>); output: (H D3)^T sum_t p_t beta_t C[i_t]   (reference.py)
-// Reads slot_bytes per token and KV head and row tile; compute-bound, about 3 instructions per coordinate and
-// row, sixteen lanes each. Partial results of the splits are merged by log-sum-exp.
+// Work items: (request, KV head, tile of query rows, split of the tokens). A row is one query head
+// of one query token; the rows of a KV head share every decoded code. Tokens stand in lanes for the
+// scores and coordinates for the output, so that neither needs a horizontal sum. Score: alpha (<q1,
+// C[i]> + rho <q2, s>); output: (H D3)^T sum_t p_t beta_t C[i_t]   (reference.py) Reads slot_bytes
+// per token and KV head and row tile; compute-bound, about 3 instructions per coordinate and row,
+// sixteen lanes each. Partial results of the splits are merged by log-sum-exp.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,10 +19,10 @@
 namespace tq::cpu {
 namespace {
 
-constexpr int kRowTile = 32;      // query rows that share a pass over the tokens
-constexpr int kRowStep = 8;       // rows whose accumulators fit into registers
-constexpr int kTokenTile = 64;    // tokens between two updates of the running maximum
-constexpr int kMinSplit = 256;    // tokens that pay for a partial result
+constexpr int kRowTile = 32;    // query rows that share a pass over the tokens
+constexpr int kRowStep = 8;     // rows whose accumulators fit into registers
+constexpr int kTokenTile = 64;  // tokens between two updates of the running maximum
+constexpr int kMinSplit = 256;  // tokens that pay for a partial result
 constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
 // Rotated queries of one (token, head), softmax scale included.
@@ -158,14 +158,30 @@ template <typename Body>
 void for_row_steps(int num_rows, const Body& body) {
   for (int first = 0; first < num_rows; first += kRowStep) {
     switch (std::min(kRowStep, num_rows - first)) {
-      case 1: body(std::integral_constant<int, 1>(), first); break;
-      case 2: body(std::integral_constant<int, 2>(), first); break;
-      case 3: body(std::integral_constant<int, 3>(), first); break;
-      case 4: body(std::integral_constant<int, 4>(), first); break;
-      case 5: body(std::integral_constant<int, 5>(), first); break;
-      case 6: body(std::integral_constant<int, 6>(), first); break;
-      case 7: body(std::integral_constant<int, 7>(), first); break;
-      case 8: body(std::integral_constant<int, 8>(), first); break;
+      case 1:
+        body(std::integral_constant<int, 1>(), first);
+        break;
+      case 2:
+        body(std::integral_constant<int, 2>(), first);
+        break;
+      case 3:
+        body(std::integral_constant<int, 3>(), first);
+        break;
+      case 4:
+        body(std::integral_constant<int, 4>(), first);
+        break;
+      case 5:
+        body(std::integral_constant<int, 5>(), first);
+        break;
+      case 6:
+        body(std::integral_constant<int, 6>(), first);
+        break;
+      case 7:
+        body(std::integral_constant<int, 7>(), first);
+        break;
+      case 8:
+        body(std::integral_constant<int, 8>(), first);
+        break;
     }
   }
 }
@@ -358,7 +374,8 @@ void plan(Problem& problem, int num_threads) {
     if (tile.num_tokens == 0) continue;
     const double cost = static_cast<double>(tile.num_tokens) * (kSharedCost + tile.num_rows);
     const int64_t most = (tile.num_tokens + kMinSplit - 1) / kMinSplit;
-    const int64_t splits = std::clamp<int64_t>(static_cast<int64_t>(cost / cost_each + 0.5), 1, most);
+    const int64_t splits =
+        std::clamp<int64_t>(static_cast<int64_t>(cost / cost_each + 0.5), 1, most);
     tile.split_tokens = ((tile.num_tokens + splits - 1) / splits + kLanes - 1) / kLanes * kLanes;
     tile.num_splits =
         static_cast<int>((tile.num_tokens + tile.split_tokens - 1) / tile.split_tokens);
@@ -389,7 +406,8 @@ void attend(const AttentionParams& p, const Threads& threads) {
 
   threads.run((last_token - first_token) * p.num_heads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      rotate_query<kGroup>(problem, first_token + i / p.num_heads, static_cast<int>(i % p.num_heads));
+      rotate_query<kGroup>(problem, first_token + i / p.num_heads,
+                           static_cast<int>(i % p.num_heads));
     }
   });
   threads.run(static_cast<int64_t>(problem.partials.size()), [&](int64_t begin, int64_t end) {

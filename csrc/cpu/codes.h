@@ -10,8 +10,8 @@
 
 namespace tq::cpu {
 
-// Sixteen tokens that start at a multiple of sixteen, so they lie in one block. Lanes past the end of a
-// sequence hold whatever the cache holds there; callers mask them.
+// Sixteen tokens that start at a multiple of sixteen, so they lie in one block. Lanes past the end
+// of a sequence hold whatever the cache holds there; callers mask them.
 struct Unit {
   const uint8_t* region;  // of (block, KV head)
   int offset;             // of the first token in the block
@@ -22,8 +22,8 @@ inline Unit locate(const Cache& cache, const int32_t* blocks, int64_t kv_head, i
           static_cast<int>(token % cache.block_size)};
 }
 
-// Transpose `count` consecutive 32-bit words of each token into words[count]; `at` is the offset of the first
-// word of token 0 of the block, tokens are `stride_bytes` apart.
+// Transpose `count` consecutive 32-bit words of each token into words[count]; `at` is the offset of
+// the first word of token 0 of the block, tokens are `stride_bytes` apart.
 inline void load_words(const Unit& unit, int64_t at, int stride_bytes, int count, Words* words) {
   alignas(64) uint32_t transposed[kMaxGroup / 16][kLanes];
   const uint8_t* token = unit.region + at + int64_t{unit.offset} * stride_bytes;

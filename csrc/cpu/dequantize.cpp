@@ -15,9 +15,9 @@ namespace {
 // Up to sixteen tokens of one request, starting at a multiple of sixteen.
 struct Span {
   int req;
-  int64_t unit_token;   // first token of the unit
-  int first, last;      // lanes to write
-  int64_t row;          // that lane `first` goes to
+  int64_t unit_token;  // first token of the unit
+  int first, last;     // lanes to write
+  int64_t row;         // that lane `first` goes to
 };
 
 // Finish the inverse rotation of x[kGroup] and write the wanted lanes.
@@ -46,8 +46,8 @@ void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
     const float* center = p.center + int64_t{kv_head} * layout.head_dim + g * kGroup;
     KeyWords<kGroup>(unit, layout, at, g).decode(x);
     hadamard<kGroup>(x);
-    write_lanes<kGroup>(x, kKeySigns, load_scales(unit, at.key_scale, g, p.cache.block_size), center,
-                        span, kv_head, g, p.key);
+    write_lanes<kGroup>(x, kKeySigns, load_scales(unit, at.key_scale, g, p.cache.block_size),
+                        center, span, kv_head, g, p.key);
     Words index[kGroup / 16];
     load_words(unit, at.value_index + g * kGroup / 4, layout.index_bytes(), kGroup / 16, index);
     for (int j = 0; j < kGroup; ++j) x[j] = centroid<kGroup>(index[j / 16] >> (2 * (j % 16)));

@@ -11,7 +11,8 @@ namespace tq::cpu {
 // The caller's thread pool: calls body(begin, end) for disjoint ranges that cover [0, count).
 struct Threads {
   int count;
-  std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)> run;
+  std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>
+      run;
 };
 
 void store(const StoreParams& params, const Threads& threads);

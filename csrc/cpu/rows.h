@@ -9,7 +9,8 @@
 namespace tq::cpu {
 
 // Copy `count` coordinates of (token, head) from coordinate `first` on into out[count].
-inline void read_row(const Rows& rows, int64_t token, int64_t head, int first, int count, float* out) {
+inline void read_row(const Rows& rows, int64_t token, int64_t head, int first, int count,
+                     float* out) {
   const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
   if (rows.dtype == Dtype::kFloat32) {
     const float* x = static_cast<const float*>(rows.data) + at;

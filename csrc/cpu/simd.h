@@ -1,7 +1,9 @@
-// Sixteen lanes of float or uint32, one per token, on AVX-512, AVX2 or whatever the compiler targets.
+// Sixteen lanes of float or uint32, one per token, on AVX-512, AVX2 or whatever the compiler
+// targets.
 //
-// Arithmetic uses the vector types of GCC and Clang; intrinsics stand only where the language has no word for
-// the instruction. Addition, subtraction and multiplication round like scalar code, on every target.
+// Arithmetic uses the vector types of GCC and Clang; intrinsics stand only where the language has
+// no word for the instruction. Addition, subtraction and multiplication round like scalar code, on
+// every target.
 #pragma once
 
 #include <cstdint>
@@ -178,16 +180,18 @@ inline Lanes centroid(const Words& words) {
     const WordPart code = words.part[i];
     const WordPart inner = 0 - ((code ^ (code >> 1)) & 1);  // indices 1 and 2
     const WordPart sign = (~code & 2) << 30;
-    r.part[i] = (FloatPart)((bits_of(Book::kInner) & inner) | (bits_of(Book::kOuter) & ~inner) | sign);
+    r.part[i] =
+        (FloatPart)((bits_of(Book::kInner) & inner) | (bits_of(Book::kOuter) & ~inner) | sign);
 #endif
   }
   return r;
 }
 
-// The sixteen 2-bit indices of the four bytes at `x`, one in the lowest bits of each lane; lanes are
-// coordinates here.
+// The sixteen 2-bit indices of the four bytes at `x`, one in the lowest bits of each lane; lanes
+// are coordinates here.
 inline Words spread_indices(const uint8_t* x) {
-  static constexpr uint32_t kShifts[kLanes] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  static constexpr uint32_t kShifts[kLanes] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                               16, 18, 20, 22, 24, 26, 28, 30};
   uint32_t word;
   std::memcpy(&word, x, sizeof word);
   Words r = splat(word);
@@ -221,7 +225,8 @@ inline Lanes exp_nonpositive(const Lanes& x) {
   const Lanes clamped = where(in_range, x, splat(kLowest));
   const Lanes rounded = fma(clamped, splat(1.44269504f), splat(kRound));
   const Lanes n = rounded - splat(kRound);
-  Lanes r = fma(n, splat(-0.693145752f), clamped);  // ln 2 in two parts, the first exact when times n
+  Lanes r =
+      fma(n, splat(-0.693145752f), clamped);  // ln 2 in two parts, the first exact when times n
   r = fma(n, splat(-1.42860677e-6f), r);
   Lanes p = splat(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));

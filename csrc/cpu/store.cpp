@@ -1,8 +1,8 @@
 // Store: rotate, quantize, sketch and scatter keys and values.
 //
 // Sixteen vectors are coded at once, one per lane, so that every step is the scalar algorithm of
-// reference.py (encode_keys, encode_values) with the same order of float32 operations: the bytes are equal.
-// Compute-bound: about 3 transforms of group * log2(group) additions per key.
+// reference.py (encode_keys, encode_values) with the same order of float32 operations: the bytes
+// are equal. Compute-bound: about 3 transforms of group * log2(group) additions per key.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -48,7 +48,8 @@ Lanes sqrt(const Lanes& x) {
 
 // Rotate and normalize x[kGroup]; write u, its indices and its centroids; return |x|.
 template <int kGroup>
-Lanes quantize(const SignDiagonal& signs, const Lanes* x, Lanes* u, Lanes* centroids, Words* index) {
+Lanes quantize(const SignDiagonal& signs, const Lanes* x, Lanes* u, Lanes* centroids,
+               Words* index) {
   using Book = Codebook<kGroup>;
   Lanes squares[kGroup];
   for (int j = 0; j < kGroup; ++j) squares[j] = x[j] * x[j];
@@ -127,7 +128,8 @@ void gather(const Rows& rows, const Vector* vectors, int count, int g, const flo
   for (int j = 0; j < kGroup; ++j) x[j] = load(transposed[j]);
 }
 
-// Write word `word` of every lane at `at` bytes behind its region's start, tokens `stride_bytes` apart.
+// Write word `word` of every lane at `at` bytes behind its region's start, tokens `stride_bytes`
+// apart.
 void scatter(const Words& words, const Vector* vectors, int count, int64_t at, int stride_bytes) {
   uint32_t value[kLanes];
   tq::store(value, words);

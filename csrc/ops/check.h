@@ -1,4 +1,5 @@
-// Checks of operator arguments. Every message names the argument, what was given and what is expected.
+// Checks of operator arguments. Every message names the argument, what was given and what is
+// expected.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -31,7 +32,8 @@ inline std::string shape_of(const Tensor& x) {
   return text + "]";
 }
 
-inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* name, const Tensor& x,
+                        std::initializer_list<int64_t> expected) {
   bool matches = x.dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
   for (const int64_t size : expected) {
@@ -43,14 +45,22 @@ inline void check_shape(const char* name, const Tensor& x, std::initializer_list
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    default: return "another dtype";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another dtype";
   }
 }
 
@@ -65,10 +75,14 @@ inline void check_contiguous(const char* name, const Tensor& x) {
 
 inline Dtype float_dtype(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBfloat16;
-    default: break;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBfloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, " is ", dtype_name(x.scalar_type()),
                   ", expected float32, float16 or bfloat16");

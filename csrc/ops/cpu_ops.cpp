@@ -81,7 +81,8 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table_, const Tensor& seq_starts,
-                const Tensor& cu_seq_lens, const Tensor& center_, Tensor key_out, Tensor value_out) {
+                const Tensor& cu_seq_lens, const Tensor& center_, Tensor key_out,
+                Tensor value_out) {
   check_shape("key_out", key_out, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key_out.size(1), head_dim = key_out.size(2);
   DequantizeParams p;

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
   m.def(
       "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
       "Tensor center, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
-  // Fills tensors with what the kernels were compiled with, for a test that compares it with Python.
+  // Fills tensors with what the kernels were compiled with, for a test that compares it with
+  // Python.
   m.def(
       "format_constants(int head_dim, int block_size, Tensor(a!) offsets, Tensor(b!) codebook, "
       "Tensor(c!) signs) -> ()");

@@ -1,0 +1,70 @@
+"""Real `vllm serve` processes for the end-to-end tests, started when first asked for.
+
+Small on purpose: 256 tokens a step, so that prompts of ordinary length are prefilled in chunks, and
+256 MiB of cache, so that the two servers fit a small machine together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from vllm_server import Server
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
+ARGUMENTS = (
+    "--enforce-eager",
+    "--max-num-batched-tokens=256",
+    "--max-num-seqs=16",
+    "--enable-prefix-caching",
+    f"--kv-cache-memory-bytes={256 * 2**20}",
+)
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
+
+RunServer = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="session")
+def run_server(tmp_path_factory: pytest.TempPathFactory) -> RunServer:
+    """Context manager that runs a ready server: ``with run_server(dtype, *arguments, **env)``.
+
+    Arguments come after the ones above and win over them; a server that does not get ready fails
+    the test with the end of its log.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; `make test` installs it")
+    if not MODEL.exists():
+        pytest.fail(f"{MODEL} is missing; `make test` fetches it", pytrace=False)
+
+    @contextmanager
+    def run(kv_cache_dtype: str, *arguments: str, **environment: str) -> Iterator[Server]:
+        log = tmp_path_factory.mktemp("server") / f"{kv_cache_dtype}.log"
+        server = Server(
+            MODEL,
+            kv_cache_dtype,
+            [*ARGUMENTS, *arguments],
+            log=log,
+            environment={**ENVIRONMENT, **environment},
+        )
+        with server:
+            server.wait_until_ready()
+            yield server
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def turboquant_server(run_server: RunServer) -> Iterator[Server]:
+    """A server with --kv-cache-dtype turboquant3."""
+    with run_server("turboquant3") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def auto_server(run_server: RunServer) -> Iterator[Server]:
+    """A server with --kv-cache-dtype auto and otherwise the same options."""
+    with run_server("auto") as server:
+        yield server

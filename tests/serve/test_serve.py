@@ -1,0 +1,183 @@
+"""`vllm serve --kv-cache-dtype turboquant3` end to end, through the OpenAI client."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+pytest.importorskip("vllm")
+from openai import BadRequestError, OpenAI
+from vllm_server import Server
+
+from tests.serve.conftest import RunServer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+EASY = {
+    "The capital of France is": "Paris",
+    "1, 2, 3, 4, 5, 6,": "7, 8, 9",
+    "The opposite of hot is": "cold",
+    "The first president of the United States was George": "Washington",
+    "The largest planet in our solar system is": "Jupiter",
+}
+LONG_PROMPT = "The sky is blue. " * 120 + "The capital of France is"  # about 600 tokens, 3 chunks
+
+
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+
+
+def complete(server: Server, prompt: str, max_tokens: int = 12, **options: object) -> str:
+    response = client(server).completions.create(
+        model=server.name, prompt=prompt, max_tokens=max_tokens, temperature=0, **options
+    )
+    return response.choices[0].text
+
+
+def metric(server: Server, name: str) -> float:
+    """Sum of a counter over its labels."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    assert values, f"no metric {name}"
+    return sum(map(float, values))
+
+
+@pytest.mark.parametrize("prompt", EASY)
+def test_greedy_continuations_are_right(turboquant_server: Server, prompt: str) -> None:
+    assert EASY[prompt] in complete(turboquant_server, prompt)
+
+
+def test_chat(turboquant_server: Server) -> None:
+    response = client(turboquant_server).chat.completions.create(
+        model=turboquant_server.name,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=24,
+        temperature=0,
+    )
+    assert "Paris" in (response.choices[0].message.content or "")
+
+
+def test_a_stream_adds_up_to_the_whole_answer(turboquant_server: Server) -> None:
+    prompt = "The capital of France is"
+    stream = client(turboquant_server).completions.create(
+        model=turboquant_server.name, prompt=prompt, max_tokens=12, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in stream]
+    assert len(pieces) > 1
+    assert "".join(pieces) == complete(turboquant_server, prompt)
+
+
+def test_logprobs_name_the_greedy_token_first(turboquant_server: Server) -> None:
+    response = client(turboquant_server).completions.create(
+        model=turboquant_server.name,
+        prompt="The capital of France is",
+        max_tokens=4,
+        temperature=0,
+        logprobs=3,
+    )
+    logprobs = response.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens and len(logprobs.tokens) == 4
+    for token, value, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert value <= 0
+        assert max(top, key=top.get) == token
+
+
+def test_concurrent_requests_are_each_answered_rightly(turboquant_server: Server) -> None:
+    prompts = list(EASY) * 8
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: complete(turboquant_server, prompt), prompts))
+    wrong = [(p, a) for p, a in zip(prompts, answers, strict=True) if EASY[p] not in a]
+    assert not wrong
+
+
+def test_a_prompt_longer_than_a_chunk_and_its_prefix_hit(turboquant_server: Server) -> None:
+    first = complete(turboquant_server, LONG_PROMPT)
+    assert "Paris" in first
+    hits = metric(turboquant_server, "vllm:prefix_cache_hits_total")
+    assert "Paris" in complete(turboquant_server, LONG_PROMPT)
+    assert metric(turboquant_server, "vllm:prefix_cache_hits_total") >= hits + 512
+
+
+def test_a_request_past_max_model_len_is_refused(turboquant_server: Server) -> None:
+    with pytest.raises(BadRequestError, match="maximum context length is 8192 tokens"):
+        complete(turboquant_server, "word " * 9000)
+
+
+def test_capacity_is_5_7_times_that_of_auto(turboquant_server: Server, auto_server: Server) -> None:
+    ours, auto = turboquant_server.capacity(), auto_server.capacity()
+    assert (ours.dtype, auto.dtype) == ("turboquant3", "auto")
+    assert ours.memory_bytes == auto.memory_bytes > 0
+    assert ours.num_tokens >= 5.7 * auto.num_tokens
+
+
+def test_the_log_states_the_format_once(turboquant_server: Server) -> None:
+    assert turboquant_server.log is not None
+    lines = [
+        line
+        for line in turboquant_server.log.read_text().splitlines()
+        if "turboquant3 KV cache:" in line
+    ]
+    assert len(lines) == 1
+    assert (
+        "44 bytes per token and KV head instead of 256, 5.82x smaller, "
+        "in every one of the model's 30 attention layers" in lines[0]
+    )
+
+
+def test_auto_is_byte_identical_with_and_without_the_plugin(
+    auto_server: Server, run_server: RunServer
+) -> None:
+    def answers(server: Server) -> list[object]:
+        return [
+            requests.post(
+                f"{server.url}/v1/completions",
+                json={
+                    "model": server.name,
+                    "prompt": prompt,
+                    "max_tokens": 24,
+                    "temperature": 0,
+                    "logprobs": 5,
+                },
+                timeout=300,
+            ).json()["choices"]
+            for prompt in [*EASY, LONG_PROMPT]
+        ]
+
+    with run_server("auto", VLLM_PLUGINS="none") as plain:
+        assert answers(plain) == answers(auto_server)
+
+
+def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
+    """With exact_prefill off a prefix hit changes nothing; preempted requests still finish."""
+    with run_server(
+        "turboquant3",
+        '--additional-config={"turboquant": {"exact_prefill": false}}',
+        "--num-gpu-blocks-override=12",
+        "--max-model-len=1024",
+    ) as server:
+        first = complete(server, LONG_PROMPT, max_tokens=32)
+        assert "Paris" in first
+        assert complete(server, LONG_PROMPT, max_tokens=32) == first
+        prompts = list(EASY) * 2
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(
+                pool.map(
+                    lambda prompt: complete(
+                        server, prompt, max_tokens=300, extra_body={"ignore_eos": True}
+                    ),
+                    prompts,
+                )
+            )
+        assert metric(server, "vllm:num_preemptions_total") > 0
+        assert all(EASY[p] in a[:60] for p, a in zip(prompts, answers, strict=True))
+
+
+def test_a_compiled_server_answers(run_server: RunServer) -> None:
+    with run_server("turboquant3", "--no-enforce-eager") as server:
+        for prompt, answer in EASY.items():
+            assert answer in complete(server, prompt)
