@@ -197,7 +197,20 @@ def test_zero_vectors(head_dim: int) -> None:
     assert torch.equal(decode_values(value_code, layout), value.double())
 
 
-@pytest.mark.parametrize("exponent", [*range(4, 31, 2)])
+def test_ties() -> None:
+    """u = 0 lies on the middle boundary and takes the lower level; a projection of 0 is positive.
+
+    For a key that equals the center, u = 0 and the residual is one positive constant, which the
+    Hadamard matrix without signs sends to 0 everywhere but in its first coordinate.
+    """
+    center = normal(1, 128)
+    rotation = Rotation(ROTATION.key, torch.ones(128), ROTATION.value)
+    code = encode_keys(center[None], center, SlotLayout(128), rotation)
+    assert (code.index == 1).all()
+    assert code.sign.all()
+
+
+@pytest.mark.parametrize("exponent", range(4, 31, 2))
 def test_huge_vectors_stay_finite(exponent: int) -> None:
     layout = SlotLayout(128)
     x = normal(20, 1, 128) * 10.0**exponent

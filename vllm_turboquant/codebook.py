@@ -59,7 +59,7 @@ def solve_codebook(bits: int, dim: int) -> Codebook:
     """Solve the Lloyd-Max conditions by fixed-point iteration.
 
     Args:
-        bits: Bits per coordinate, 1 to 8. 0 gives the one-level codebook {0}.
+        bits: Bits per coordinate, 1 to 6. 0 gives the one-level codebook {0}.
         dim: Dimension d of the rotated vectors, at least 3.
 
     Returns:

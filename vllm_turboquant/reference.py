@@ -13,8 +13,12 @@ Per group of d coordinates (H the orthonormal Hadamard matrix; D1, D2, D3 fixed 
 
 Source: arXiv 2504.19874, Alg. 2 (TurboQuant_prod). It departs from the paper in two points: S = H
 D2 is orthogonal and not Gaussian (as in the experiments of arXiv 2406.03482, section 4.1), with rho
-the least-squares and not the unbiased factor of the signs; and one scale per vector, which makes
-<x, x^> unbiased, replaces the two norms. Keys are centered first, which the softmax cannot see.
+the least-squares and not the unbiased factor of the signs; and one scale per vector, such that
+<x, x^> = |x|^2, replaces the two norms. Keys are centered first, which the softmax cannot see.
+
+The inner product with any vector is unbiased over Haar-random rotations. The fast rotation, one
+Hadamard matrix with random signs, comes close to that unless a few coordinates of a vector outweigh
+all others together.
 
 Encoding is defined in float32 and in this order of operations, so that every kernel can produce the
 same bytes; ``tree_sum`` and ``hadamard`` fix the order of additions.
@@ -255,7 +259,7 @@ def block_arrays(kv_cache: Tensor, layout: SlotLayout) -> dict[str, Tensor]:
         [num_blocks, num_kv_heads, num_groups, block_size] float16.
     """
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    region = kv_cache.flatten(2)
+    region = kv_cache.view(num_blocks, num_kv_heads, -1)  # refuses what it would have to copy
     arrays: dict[str, Tensor] = {}
     for name, section in layout.sections(block_size).items():
         part = region[:, :, section.offset_bytes : section.end_bytes]
@@ -316,8 +320,9 @@ def attention(
             hidden = torch.arange(seq_len) >= visible[:, None]
             scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
         lse[first:last] = torch.logsumexp(scores, dim=-1)
-        # A row that sees nothing has -inf - -inf here.
-        weights = torch.exp(scores - lse[first:last, ..., None]).nan_to_num()
+        weights = torch.exp(scores - lse[first:last, ..., None])
+        sees_nothing = lse[first:last] == -torch.inf
+        weights = weights.masked_fill(sees_nothing[..., None], 0.0)  # -inf - -inf is NaN
         weighted = torch.einsum(
             "qhrt,thgd->qhrgd",
             weights,
@@ -417,7 +422,7 @@ def _quantize(x: Tensor, signs: Tensor, book: Codebook) -> tuple[Tensor, Tensor,
 
 
 def _scale(length: Tensor, overlap: Tensor) -> Tensor:
-    """|x| / sqrt(d) * <u, u> / <u, u^> with <u, u> = d; saturates to keep finite input finite."""
+    """|x| / sqrt(d) * <u, u> / <u, u^> with <u, u> = d; saturates where float16 ends."""
     scale = torch.where(length == 0, 0.0, length / overlap)  # not 0 / 0
     return scale.clamp(max=FLOAT16_MAX).half()[..., 0]
 
