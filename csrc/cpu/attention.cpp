@@ -22,6 +22,7 @@ namespace {
 constexpr int kRowTile = 32;    // query rows that share a pass over the tokens
 constexpr int kRowStep = 8;     // rows whose accumulators fit into registers
 constexpr int kTokenTile = 64;  // tokens between two updates of the running maximum
+constexpr int kRowGrain = 128;  // rows to rotate or merge that pay for another thread
 constexpr int kMinSplit = 256;  // tokens that pay for a partial result
 constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 
@@ -404,13 +405,13 @@ void attend(const AttentionParams& p, const Threads& threads) {
   problem.queries.bias.reset(new float[num_rows]);
   plan(problem, threads.count);
 
-  threads.run((last_token - first_token) * p.num_heads, [&](int64_t begin, int64_t end) {
+  threads.run((last_token - first_token) * p.num_heads, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       rotate_query<kGroup>(problem, first_token + i / p.num_heads,
                            static_cast<int>(i % p.num_heads));
     }
   });
-  threads.run(static_cast<int64_t>(problem.partials.size()), [&](int64_t begin, int64_t end) {
+  threads.run(static_cast<int64_t>(problem.partials.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const Tile& tile = problem.tiles[problem.tile_of_split[s]];
       const int64_t first = (s - tile.first_split) * tile.split_tokens;
@@ -418,9 +419,11 @@ void attend(const AttentionParams& p, const Threads& threads) {
       TilePass<kGroup>(problem, tile, first, last, &problem.partials[s]).run();
     }
   });
-  threads.run(static_cast<int64_t>(problem.tiles.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) finish_tile<kGroup>(problem, problem.tiles[t]);
-  });
+  threads.run(static_cast<int64_t>(problem.tiles.size()), kRowGrain / kRowStep,
+              [&](int64_t begin, int64_t end) {
+                for (int64_t t = begin; t < end; ++t)
+                  finish_tile<kGroup>(problem, problem.tiles[t]);
+              });
 }
 
 }  // namespace

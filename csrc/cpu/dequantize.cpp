@@ -76,7 +76,7 @@ std::vector<Span> plan(const DequantizeParams& p) {
 void dequantize(const DequantizeParams& p, const Threads& threads) {
   const std::vector<Span> spans = plan(p);
   const int num_heads = p.cache.num_kv_heads;
-  threads.run(static_cast<int64_t>(spans.size()) * num_heads, [&](int64_t begin, int64_t end) {
+  threads.run(static_cast<int64_t>(spans.size()) * num_heads, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Span& span = spans[i / num_heads];
       const int kv_head = static_cast<int>(i % num_heads);

@@ -8,11 +8,15 @@
 
 namespace tq::cpu {
 
-// The caller's thread pool: calls body(begin, end) for disjoint ranges that cover [0, count).
+// The caller's thread pool.
 struct Threads {
+  using Body = std::function<void(int64_t begin, int64_t end)>;
+
   int count;
-  std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>
-      run;
+  // Calls body(begin, end) for disjoint ranges that cover [0, count), each but the last of at least
+  // `grain`. Waking threads costs more than a little work does, most of all where they have to wait
+  // for a core.
+  std::function<void(int64_t count, int64_t grain, const Body& body)> run;
 };
 
 void store(const StoreParams& params, const Threads& threads);

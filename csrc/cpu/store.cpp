@@ -184,7 +184,7 @@ void store(const StoreParams& p, const Threads& threads) {
   const int64_t num_heads = p.cache.num_kv_heads;
   const int64_t num_vectors = static_cast<int64_t>(tokens.size()) * num_heads;
   const int64_t num_batches = (num_vectors + kLanes - 1) / kLanes;
-  threads.run(num_batches, [&](int64_t begin, int64_t end) {
+  threads.run(num_batches, 2, [&](int64_t begin, int64_t end) {
     Vector vectors[kLanes];
     for (int64_t batch = begin; batch < end; ++batch) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, num_vectors - batch * kLanes));

@@ -12,8 +12,8 @@ namespace {
 
 cpu::Threads threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-            if (count > 0) torch::stable::parallel_for(0, count, 1, body);
+          [](int64_t count, int64_t grain, const cpu::Threads::Body& body) {
+            if (count > 0) torch::stable::parallel_for(0, count, grain, body);
           }};
 }
 

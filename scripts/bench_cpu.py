@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Time the CPU kernels against PyTorch's attention over bf16 caches of the same tokens.
+
+    bench_cpu.py [--json benchmarks/cpu.json]
+
+One run measures both sides, in turn, and prints medians and their ratio. PyTorch's side is the
+faster of two ways to call scaled_dot_product_attention: with enable_gqa, as a user would, and with
+the query heads of a KV head as query rows, which only works without a causal mask. Run it on an
+otherwise idle machine: a second thread that waits for a core costs more than the kernels do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_turboquant import ops
+from vllm_turboquant.layout import SlotLayout
+
+BLOCK_SIZE = 128
+SHAPES = {  # query heads / KV heads, head_dim
+    "9/3, d 64": (9, 3, 64),
+    "12/2, d 128": (12, 2, 128),
+    "32/8, d 128": (32, 8, 128),
+}
+BATCHES = [(1, 1024), (1, 8192), (1, 32768), (8, 8192)]
+
+
+def medians_ms(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, run in turn so that a slow spell of the machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(shape: tuple[int, int, int], batch: int, context: int, rounds: int) -> dict[str, float]:
+    """One decode step of one layer, and storing its context.
+
+    Returns:
+        Milliseconds of a decode step for both sides, their ratio, and microseconds to store a token.
+    """
+    num_heads, num_kv_heads, head_dim = shape
+    num_tokens = batch * context
+    key, value = torch.randn(2, num_tokens, num_kv_heads, head_dim).bfloat16()
+    query = torch.randn(batch, num_heads, head_dim).bfloat16()
+    center = torch.zeros(num_kv_heads, head_dim)
+    num_blocks = num_tokens // BLOCK_SIZE
+    slot_bytes = SlotLayout(head_dim).slot_bytes
+    cache = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes, dtype=torch.uint8)
+    slots = torch.arange(num_tokens)
+    store_ms = medians_ms(
+        {"store": lambda: ops.store(key, value, center, cache, slots)}, min(rounds, 3)
+    )["store"]
+    block_table = torch.arange(num_blocks, dtype=torch.int32).view(batch, -1)
+    seq_lens = torch.full((batch,), context, dtype=torch.int32)
+    query_start_loc = torch.arange(batch + 1, dtype=torch.int32)
+    out, lse = torch.empty_like(query), torch.empty(num_heads, batch)
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.view(batch, context, num_kv_heads, head_dim).transpose(1, 2).contiguous()
+
+    dense_key, dense_value = heads_first(key), heads_first(value)
+    rows = query.view(batch, num_kv_heads, -1, head_dim)
+    times = medians_ms(
+        {
+            "turboquant3": lambda: ops.paged_attention(
+                query,
+                cache,
+                block_table,
+                seq_lens,
+                query_start_loc,
+                center,
+                head_dim**-0.5,
+                True,
+                out,
+                lse,
+            ),
+            "sdpa enable_gqa": lambda: scaled_dot_product_attention(
+                query[:, :, None], dense_key, dense_value, enable_gqa=True
+            ),
+            "sdpa grouped": lambda: scaled_dot_product_attention(rows, dense_key, dense_value),
+        },
+        rounds,
+    )
+    best = min(times["sdpa enable_gqa"], times["sdpa grouped"])
+    return {
+        **{f"{name} ms": value for name, value in times.items()},
+        "sdpa best / turboquant3": best / times["turboquant3"],
+        "store us per token": 1000 * store_ms / num_tokens,
+    }
+
+
+def main() -> None:
+    """Print the table and, if asked, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    record = {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    table = Table(
+        title=f"decode step of one layer, and storing a token: {record['cpu']}, {record['threads']} threads"
+    )
+    for column in ("shape", "batch x context", "ours ms", "SDPA ms", "SDPA / ours", "store us"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, shape in SHAPES.items():
+        for batch, context in BATCHES:
+            row = measure(shape, batch, context, arguments.rounds)
+            record["rows"].append({"shape": name, "batch": batch, "context": context, **row})
+            ratio = row["sdpa best / turboquant3"]
+            table.add_row(
+                name,
+                f"{batch} x {context}",
+                f"{row['turboquant3 ms']:.3f}",
+                f"{row['turboquant3 ms'] * ratio:.3f}",
+                f"{ratio:.2f}",
+                f"{row['store us per token']:.2f}",
+            )
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
