@@ -51,11 +51,16 @@ def medians_ms(contestants: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(shape: tuple[int, int, int], batch: int, context: int, rounds: int) -> dict[str, float]:
-    """One decode step of one layer, and storing its context.
+def measure(
+    shape: tuple[int, int, int],
+    batch: int,
+    context: int,
+    rounds: int,
+) -> dict[str, float]:
+    """Time one decode step of one layer, and storing its context.
 
     Returns:
-        Milliseconds of a decode step for both sides, their ratio, and microseconds to store a token.
+        Milliseconds of each contestant's decode step, the ratio, and microseconds to store a token.
     """
     num_heads, num_kv_heads, head_dim = shape
     num_tokens = batch * context
@@ -123,9 +128,8 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": [],
     }
-    table = Table(
-        title=f"decode step of one layer, and storing a token: {record['cpu']}, {record['threads']} threads"
-    )
+    where = f"{record['cpu']}, {record['threads']} threads"
+    table = Table(title=f"decode step of one layer, and storing a token: {where}")
     for column in ("shape", "batch x context", "ours ms", "SDPA ms", "SDPA / ours", "store us"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, shape in SHAPES.items():
