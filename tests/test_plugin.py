@@ -18,10 +18,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_turboquant import plugin
-from vllm_turboquant.backend import UnsupportedError
 from vllm_turboquant.compat import is_supported_vllm
+from vllm_turboquant.errors import OptionsError, UnsupportedError
 from vllm_turboquant.layout import SlotLayout
-from vllm_turboquant.options import OptionsError
 
 pytestmark = pytest.mark.vllm
 

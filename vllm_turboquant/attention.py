@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
-from vllm_turboquant.backend import UnsupportedError
+from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.metadata import PagedRequests, TurboQuant3Metadata
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_turboquant import CACHE_DTYPE
+from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.layout import BLOCK_SIZE_MULTIPLE, SUPPORTED_HEAD_DIMS, SlotLayout
 from vllm_turboquant.options import read_options
-from vllm_turboquant.plugin import CACHE_DTYPE
 
 NAME = "TURBOQUANT3"
 
@@ -24,19 +25,6 @@ ENGINE_ATTN_TYPES = {
     "encoder_only": AttentionType.ENCODER_ONLY,
     "encoder_decoder": AttentionType.ENCODER_DECODER,
 }
-
-
-class UnsupportedError(RuntimeError):
-    """Ends the start of an engine with the reason and the way out in one line.
-
-    Not a ValueError, which the validation of vLLM's configuration would wrap in several lines.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"--kv-cache-dtype {CACHE_DTYPE} cannot serve this model as configured: {reason}. "
-            f"Change that, or use --kv-cache-dtype auto."
-        )
 
 
 class TurboQuant3Backend(AttentionBackend):

@@ -19,9 +19,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.options import read_options
-from vllm_turboquant.plugin import CACHE_DTYPE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_turboquant.errors import OptionsError
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "turboquant"
-
-
-class OptionsError(RuntimeError):
-    """The options are not valid. No ValueError, for the same reason as ``UnsupportedError``."""
 
 
 class Options(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from vllm_turboquant import __version__
+from vllm_turboquant import CACHE_DTYPE, __version__
 from vllm_turboquant.compat import SUPPORTED_VLLM, is_supported_vllm, register_cache_dtype
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import Platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
-
-CACHE_DTYPE = "turboquant3"
 
 
 def register() -> None:
