@@ -173,12 +173,13 @@ def test_profiling_run_gives_zeros(tiny_llama: Path) -> None:
 
 
 def test_merge_is_attention_over_both_sets() -> None:
-    from vllm_turboquant.attention import causal_attention, merge
+    from vllm_turboquant.fresh import FreshRequests, fresh_attention, merge
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, NUM_HEADS, HEAD_DIM, generator=generator)
     key, value = torch.randn(2, 2, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-    parts = [causal_attention(query, key[i : i + 1], value[i : i + 1], SCALE) for i in range(2)]
+    one = FreshRequests([(0, 1)], torch.tensor([0, 1], dtype=torch.int32))
+    parts = [fresh_attention(query, key[i : i + 1], value[i : i + 1], one, SCALE) for i in range(2)]
     merged = merge(*parts[0], *parts[1])
     scores = torch.einsum("hd,thd->ht", query[0], key.repeat_interleave(3, 1)) * SCALE
     want = torch.einsum("ht,thd->hd", scores.softmax(-1), value.repeat_interleave(3, 1))

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
 from vllm_turboquant.errors import UnsupportedError
+from vllm_turboquant.fresh import FreshRequests, fresh_attention, merge
 from vllm_turboquant.metadata import PagedRequests, TurboQuant3Metadata
 
 if TYPE_CHECKING:
@@ -107,8 +108,17 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             self._attend_codes(
                 query[:rows], kv_cache, attn_metadata.decode, output[:rows], causal=True
             )
-        if attn_metadata.fresh:
-            self._prefill(query, key, value, kv_cache, attn_metadata, output)
+        if attn_metadata.fresh is not None:
+            prefill = slice(rows, rows + attn_metadata.fresh.num_tokens)
+            self._prefill(
+                query[prefill],
+                key[prefill],
+                value[prefill],
+                kv_cache,
+                attn_metadata.fresh,
+                attn_metadata.context,
+                output[prefill],
+            )
         return output
 
     def _prefill(
@@ -117,25 +127,17 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        metadata: TurboQuant3Metadata,
+        fresh: FreshRequests,
+        context: PagedRequests | None,
         output: Tensor,
     ) -> None:
         """Attend to fresh tokens exactly and to context from codes, and merge."""
-        first, last = metadata.fresh[0][0], metadata.fresh[-1][1]
-        if metadata.context is not None:
-            rows = query[first:last]
-            context = torch.empty(rows.shape, dtype=torch.float32)
-            context_lse = self._attend_codes(
-                rows, kv_cache, metadata.context, context, causal=False
-            )
-        for start, end in metadata.fresh:
-            out, lse = causal_attention(
-                query[start:end], key[start:end], value[start:end], self.scale
-            )
-            if metadata.context is not None:
-                part = slice(start - first, end - first)
-                out = merge(out, lse, context[part], context_lse[:, part])
-            output[start:end] = out
+        out, lse = fresh_attention(query, key, value, fresh, self.scale)
+        if context is not None:
+            earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+            earlier_lse = self._attend_codes(query, kv_cache, context, earlier, causal=False)
+            out = merge(out, lse, earlier, earlier_lse)
+        output.copy_(out)
 
     def _attend_codes(
         self,
@@ -147,7 +149,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         causal: bool,
     ) -> Tensor:
         """Attend to cached tokens; fill ``output`` and return lse [num_heads, num_tokens]."""
-        lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32)
+        lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         ops.paged_attention(
             query,
             kv_cache,
@@ -161,41 +163,3 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             lse,
         )
         return lse
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Causal self-attention of one sequence on CPU, with its log-sum-exp.
-
-    Args:
-        query: [num_tokens, num_heads, head_dim].
-        key: [num_tokens, num_kv_heads, head_dim].
-        value: As ``key``.
-        scale: Softmax scale.
-
-    Returns:
-        Output [num_tokens, num_heads, head_dim] in ``query``'s dtype and lse [num_heads,
-        num_tokens] float32, natural logarithm.
-    """
-    # The operator behind scaled_dot_product_attention, which keeps the lse to itself.
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.transpose(0, 1)[None] for x in (query, key, value)), 0.0, True, scale=scale
-    )
-    return out[0].transpose(0, 1), lse[0]
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Combine attention over two disjoint sets of keys.
-
-    Args:
-        out: [num_tokens, num_heads, head_dim], over the first set.
-        lse: [num_heads, num_tokens], finite.
-        other: As ``out``, float32, over the second set; ignored where ``other_lse`` is -inf.
-        other_lse: As ``lse``.
-
-    Returns:
-        [num_tokens, num_heads, head_dim] float32.
-    """
-    weight = torch.sigmoid(other_lse - lse).T[..., None]
-    return torch.lerp(out.float(), other, weight)

@@ -12,6 +12,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -20,6 +21,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_turboquant import CACHE_DTYPE
+from vllm_turboquant.fresh import FreshRequests
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.options import read_options
 
@@ -60,20 +62,22 @@ class TurboQuant3Metadata(AttentionMetadata):
     Attributes:
         num_decode_tokens: Rows of the decode requests.
         decode: Decode requests over all their tokens; None without any.
-        context: Prefill requests over their context; None if none has one.
-        fresh: First and last + 1 row of each prefill request.
+        fresh: Prefill requests over this step's tokens; None without any.
+        context: The same requests over their context; None if none has one.
     """
 
     num_decode_tokens: int
     decode: PagedRequests | None
+    fresh: FreshRequests | None
     context: PagedRequests | None
-    fresh: list[tuple[int, int]]
 
 
 class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
     """Builds the metadata of a KV cache group."""
 
     reorder_batch_threshold: int = 1
+    # Rows of one token each are captured; batches with longer ones are planned on the host.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -101,28 +105,32 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
         else:
             num_decodes, num_prefills = batch.num_reqs, 0
             num_decode_tokens = batch.num_actual_tokens
-        decode = context = None
+        decode = fresh = context = None
         if num_decodes:
             decode = PagedRequests(
                 batch.query_start_loc[: num_decodes + 1],
                 batch.seq_lens[:num_decodes],
                 batch.block_table_tensor[:num_decodes],
             )
-        starts = batch.query_start_loc_cpu[num_decodes : batch.num_reqs + 1].tolist()
         if num_prefills:
-            context_lens = batch.compute_num_computed_tokens()[num_decodes : batch.num_reqs]
-            if context_lens.any():
+            prefills = slice(num_decodes, batch.num_reqs)
+            starts = (batch.query_start_loc_cpu[num_decodes : batch.num_reqs + 1]).tolist()
+            query_start_loc = batch.query_start_loc[num_decodes : batch.num_reqs + 1] - starts[0]
+            fresh = FreshRequests(
+                [(first - starts[0], last - starts[0]) for first, last in pairwise(starts)],
+                query_start_loc,
+            )
+            # On the host, so that the device need not be waited for; exact for prefill requests.
+            seq_lens = batch.seq_lens_cpu_upper_bound
+            if seq_lens is None:
+                seq_lens = batch.seq_lens.cpu()
+            if int(seq_lens[prefills].sum()) > fresh.num_tokens:
                 context = PagedRequests(
-                    batch.query_start_loc[num_decodes : batch.num_reqs + 1] - num_decode_tokens,
-                    context_lens,
-                    batch.block_table_tensor[num_decodes : batch.num_reqs],
+                    query_start_loc,
+                    batch.compute_num_computed_tokens()[prefills],
+                    batch.block_table_tensor[prefills],
                 )
-        return TurboQuant3Metadata(
-            num_decode_tokens=num_decode_tokens,
-            decode=decode,
-            context=context,
-            fresh=list(pairwise(starts)),
-        )
+        return TurboQuant3Metadata(num_decode_tokens, decode, fresh, context)
 
 
 def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:
