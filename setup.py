@@ -1,9 +1,14 @@
 """Builds the native libraries, on PyTorch's stable ABI: they load into any PyTorch from 2.11 on."""
 
+import os
 import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -19,7 +24,10 @@ CPU_VARIANTS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+            *("-mfma", "-mf16c"),
+        ],
     }
 
 
@@ -49,8 +57,98 @@ def cpu_extension(variant: str, flags: list[str]) -> CppExtension:
     )
 
 
+CUDA_OPERATORS = "csrc/ops/cuda_ops.cpp"
+CUDA_KERNELS = [
+    "csrc/cuda/store.cu",
+    "csrc/cuda/decode_d64.cu",
+    "csrc/cuda/decode_d128.cu",
+    "csrc/cuda/decode_d256.cu",
+    "csrc/cuda/combine.cu",
+    "csrc/cuda/dequantize.cu",
+]
+#: Compute capabilities to compile for; TORCH_CUDA_ARCH_LIST replaces them, as it does for PyTorch.
+CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, or the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+
+
+def cuda_arch_flags() -> list[str]:
+    """Flags of nvcc for the wanted compute capabilities."""
+    flags = []
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildNative(BuildExtension):
+    """Builds the CUDA library with nvcc alone, so that a PyTorch without CUDA will do."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the CUDA library; leave the others to PyTorch."""
+        if ext.name != "vllm_turboquant._cuda":
+            super().build_extension(ext)
+            return
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        folder = Path(self.build_temp).absolute() / "cuda"
+        for path in (output.parent, folder):
+            path.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            sources = [*CUDA_KERNELS, *ext.sources]
+            objects = list(pool.map(lambda source: self._compile(source, folder), sources))
+        # NOTE: PyTorch's CUDA library must be a dependency by name, also where it cannot be linked:
+        # a library of this soname without symbols stands in for it.
+        stub = folder / "libtorch_cuda.so"
+        linker = ["g++", "-shared", "-fPIC", "-Wl,--no-as-needed"]
+        empty = ["-x", "c", os.devnull]
+        self._run([*linker, "-Wl,-soname,libtorch_cuda.so", "-o", stub, *empty])
+        cudart = ["-cudart=static", "-shared", "-Xlinker=--exclude-libs=ALL"]
+        libraries = ["-Xlinker=--no-as-needed", f"-L{folder}", "-ltorch_cuda"]
+        self._run([find_nvcc(), *cudart, "-o", output, *objects, *libraries])
+
+    def _compile(self, source: str, folder: Path) -> Path:
+        target = folder / (Path(source).name + ".o")
+        host = "-fPIC,-Wall,-Wextra,-fvisibility=hidden"
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-Xcompiler={host}", TORCH_2_11, "-DUSE_CUDA"]
+        warnings = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage"
+        includes = ["-Icsrc", *(f"-isystem={path}" for path in include_paths())]
+        self._run(
+            [
+                find_nvcc(),
+                *flags,
+                warnings,
+                *cuda_arch_flags(),
+                *includes,
+                "-c",
+                source,
+                "-o",
+                target,
+            ]
+        )
+        return target
+
+    def _run(self, command: list[str | Path | None]) -> None:
+        subprocess.run([str(part) for part in command], check=True, cwd=Path(__file__).parent)
+
+
+extensions: list[Extension] = [
+    cpu_extension(variant, flags) for variant, flags in CPU_VARIANTS.items()
+]
+# A CPU build of PyTorch has no use for it, unless architectures are asked for by name.
+if find_nvcc() and (torch.version.cuda or "TORCH_CUDA_ARCH_LIST" in os.environ):
+    # PyTorch refuses to build an extension that names .cu files where it has no CUDA itself.
+    cuda = Extension("vllm_turboquant._cuda", [CUDA_OPERATORS], depends=CUDA_KERNELS)
+    cuda.py_limited_api = True
+    extensions.append(cuda)
+
 setup(
-    ext_modules=[cpu_extension(variant, flags) for variant, flags in CPU_VARIANTS.items()],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

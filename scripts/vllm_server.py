@@ -56,6 +56,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_port_used(port: int) -> bool:
+    """Whether something answers on a local TCP port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Server:
     """One `vllm serve` child process of this Python environment.
 
@@ -66,6 +72,10 @@ class Server:
         port: Port to listen on; a free one by default.
         log: File that receives the output; by default it goes where the caller's goes.
         environment: Variables set for the server only.
+
+    Raises:
+        ServerError: The port is in use. Checked here, or another server's /health would pass for
+            that of this one.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class Server:
         self.model = model
         self.name = model.name
         self.port = free_port() if port is None else port
+        if is_port_used(self.port):
+            raise ServerError(f"port {self.port} is in use; choose another one, e.g. --port 8001")
         self.url = f"http://localhost:{self.port}"
         self.log = log
         self.command = [

@@ -12,6 +12,8 @@ from vllm_turboquant import ops, reference
 from vllm_turboquant.testing import PagedBatch, assert_close, make_batch
 
 UNTOUCHED = 7.0
+#: The AVX-512 kernels compute in integers, the others in float32.
+BOUND = 1e-3 if ops.CPU_VARIANT == "avx512" else 1e-5
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ def check(batch: PagedBatch, causal: bool = True) -> None:
     assert torch.equal(lse[:, :rows].isfinite(), finite)
     assert (lse[:, :rows][~finite] == -torch.inf).all()
     if finite.any():
-        assert_close(out[:rows], want, 1e-5, "output")
+        assert_close(out[:rows], want, BOUND, "output")
         torch.testing.assert_close(
-            lse[:, :rows][finite].double(), want_lse[finite], rtol=1e-5, atol=1e-5
+            lse[:, :rows][finite].double(), want_lse[finite], rtol=BOUND, atol=BOUND
         )
     assert (out[:rows].transpose(0, 1)[~finite] == 0).all()
     assert (out[rows:] == UNTOUCHED).all() and (lse[:, rows:] == UNTOUCHED).all()
@@ -135,7 +137,7 @@ def test_the_number_of_threads_changes_only_rounding() -> None:
         two, _ = run(batch)
     finally:
         torch.set_num_threads(threads)
-    assert_close(two[:1], one[:1], 1e-6)
+    assert_close(two[:1], one[:1], BOUND / 10)
 
 
 def test_a_pool_of_more_than_2_gib() -> None:

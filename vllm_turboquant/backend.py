@@ -13,12 +13,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_turboquant import CACHE_DTYPE
+from vllm_turboquant import CACHE_DTYPE, ops
 from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.layout import BLOCK_SIZE_MULTIPLE, SUPPORTED_HEAD_DIMS, SlotLayout
 from vllm_turboquant.options import read_options
 
 NAME = "TURBOQUANT3"
+MAX_CUDA_HEAD_DIM = 256
 
 #: Kinds of models, as vLLM names them, whose attention is not that of a decoder.
 ENGINE_ATTN_TYPES = {
@@ -121,16 +122,42 @@ class TurboQuant3Backend(AttentionBackend):
             (config["has_sink"], "attention sinks are not supported yet"),
             (config["has_sliding_window"], "sliding-window layers are not supported yet"),
             (config.get("use_kv_connector"), "KV connectors are not supported yet"),
-            (
-                not current_platform.is_cpu(),
-                f"the device {current_platform.device_name or 'unknown'} is not supported yet, "
-                "only CPUs are",
-            ),
+            *_device_checks(config["dtype"], head_size),
         )
         # vLLM's own checks follow for what no sentence above covers.
         return [reason for failed, reason in checks if failed] or super().validate_configuration(
             **config
         )
+
+
+def _device_checks(dtype: torch.dtype, head_size: int) -> list[tuple[bool, str]]:
+    """What the platform cannot do, as for ``validate_configuration``."""
+    if current_platform.is_cpu():
+        return []
+    if not current_platform.is_cuda():
+        name = current_platform.device_name or "unknown"
+        return [(True, f"the device {name} is not supported, only CPUs and NVIDIA GPUs are")]
+    capability = current_platform.get_device_capability()
+    return [
+        (
+            capability is not None and capability < (8, 0),
+            f"a GPU of compute capability {capability} is not supported, only 8.0 and newer are",
+        ),
+        (
+            not ops.HAS_CUDA,
+            "the CUDA operators were not built; with nvcc on PATH, build them with: "
+            "pip install --no-build-isolation --no-deps -e .",
+        ),
+        (
+            dtype == torch.float32,
+            "float32 models are not supported on GPUs, only float16 and bfloat16 ones are",
+        ),
+        (
+            head_size > MAX_CUDA_HEAD_DIM,
+            f"head size {head_size} is not supported on GPUs, only those up to "
+            f"{MAX_CUDA_HEAD_DIM} are",
+        ),
+    ]
 
 
 def select_backend(selected: AttentionBackendEnum | None, config: AttentionSelectorConfig) -> str:

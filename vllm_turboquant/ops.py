@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 
-def _load_cpu_library() -> None:
+def _load_cpu_library() -> str:
     """Load the library for this CPU; as for PyTorch, ATEN_CPU_CAPABILITY may choose another."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     variant = capability if capability in ("avx2", "avx512") else "default"
+    if variant == "avx512" and not torch.cpu._is_vnni_supported():
+        variant = "avx2"  # the AVX-512 kernels need VNNI, which the first CPUs with AVX-512 lack
     folder = Path(__file__).parent
     libraries = sorted(folder.glob(f"_cpu_{variant}.*so"))
     if not libraries:
@@ -20,9 +22,34 @@ def _load_cpu_library() -> None:
             "build it with: pip install --no-build-isolation --no-deps -e ."
         )
     torch.ops.load_library(libraries[0])
+    return variant
 
 
-_load_cpu_library()
+def _load_cuda_library() -> bool:
+    """Load the CUDA operators where PyTorch has CUDA; without them, a call on a GPU says so."""
+    if torch.version.cuda is None:
+        return False
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob("_cuda.*so"))
+    if libraries:
+        torch.ops.load_library(libraries[0])
+        return True
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError(
+            f"vllm-turboquant's native library _cuda was not built in {folder}; with nvcc on PATH, "
+            "build it with: pip install --no-build-isolation --no-deps -e ."
+        )
+
+    for name in ("store", "paged_attention", "dequantize"):
+        torch.library.impl(f"turboquant::{name}", "cuda", refuse)
+    return False
+
+
+#: Instruction set of the loaded CPU kernels: default, avx2 or avx512.
+CPU_VARIANT = _load_cpu_library()
+#: Whether the CUDA kernels are loaded.
+HAS_CUDA = _load_cuda_library()
 
 
 def store(

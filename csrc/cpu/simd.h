@@ -216,13 +216,13 @@ inline float reduce_add(const Lanes& a) {
   return r;
 }
 
-// e^x for x <= 0, relative error below 2e-7; 0 below -87.
+// e^x for x <= 0, relative error below 2e-7; 0 below -87; NaN for NaN.
 inline Lanes exp_nonpositive(const Lanes& x) {
   constexpr float kLowest = -87.0f;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   constexpr float kRound = 12582912.0f;
-  const Words in_range = x > splat(kLowest);
-  const Lanes clamped = where(in_range, x, splat(kLowest));
+  const Words too_low = splat(kLowest) > x;
+  const Lanes clamped = where(too_low, splat(kLowest), x);
   const Lanes rounded = fma(clamped, splat(1.44269504f), splat(kRound));
   const Lanes n = rounded - splat(kRound);
   Lanes r =
@@ -231,7 +231,7 @@ inline Lanes exp_nonpositive(const Lanes& x) {
   Lanes p = splat(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));
   const Words power = (as_words(rounded) + splat(127u - bits_of(kRound))) << 23;
-  return where(in_range, p * as_lanes(power), splat(0.0f));
+  return where(too_low, splat(0.0f), p * as_lanes(power));
 }
 
 // Sixteen float16 values.

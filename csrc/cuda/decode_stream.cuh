@@ -1,0 +1,122 @@
+// The tokens that one warp reads: batches of units, copied ahead into a ring in shared memory.
+#pragma once
+
+#include "cuda/codes.cuh"
+#include "cuda/decode_traits.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/warp.cuh"
+
+namespace tq::cuda {
+
+// Fill in what the warps of a CTA share.
+template <typename Traits>
+__device__ inline void prepare_stream(const AttentionParams& p, typename Traits::Stream* stream) {
+  const BlockOffsets at = p.cache.layout.offsets(p.cache.block_size);
+  const int scale_row = p.cache.block_size * kScaleBytes;
+  for (int i = threadIdx.x; i < Traits::kChunksPerLane * 32; i += Traits::kThreads) {
+    const int byte = i * 16;
+    int offset = static_cast<int>(at.key_index) + byte, step = Traits::kIndexBytes;
+    if (byte >= Traits::kKeyScaleAt) {
+      const bool is_value = byte >= Traits::kValueScaleAt;
+      const int row = byte - (is_value ? Traits::kValueScaleAt : Traits::kKeyScaleAt);
+      offset = static_cast<int>(is_value ? at.value_scale : at.key_scale) +
+               row / Traits::kScaleRowBytes * scale_row + row % Traits::kScaleRowBytes;
+      step = Traits::kScaleRowBytes;
+    } else if (byte >= Traits::kValueIndexAt) {
+      offset = static_cast<int>(at.value_index) + byte - Traits::kValueIndexAt;
+    } else if (byte >= Traits::kKeySignAt) {
+      offset = static_cast<int>(at.key_sign) + byte - Traits::kKeySignAt;
+      step = Traits::kSignBytes;
+    }
+    stream->pieces[i / 32][i % 32] = {offset, step};
+  }
+  if (threadIdx.x < 2) {
+    stream->tables[threadIdx.x] = {IntegerBook<Traits::kGroup>::kTable,
+                                   HalfBook<Traits::kGroup>::kTable};
+  }
+}
+
+// Batches first, first + kWarps, ... below end. Warps do not wait for each other.
+template <typename Traits>
+class DecodeStream {
+ public:
+  static constexpr int kLookUp =
+      32 / Traits::kBatchUnits;  // batches whose blocks are found at once
+
+  __device__ DecodeStream(const AttentionParams& p, int req, int kv_head, int first, int end,
+                          const typename Traits::Stream& shared, uint8_t* ring)
+      : p_(p),
+        req_(req),
+        kv_head_(kv_head),
+        first_(first),
+        end_(end),
+        shared_(shared),
+        ring_(shared_address(ring) + (threadIdx.x & 31) * 16) {}
+
+  __device__ int num_batches() const {
+    return end_ > first_ ? (end_ - first_ + Traits::kWarps - 1) / Traits::kWarps : 0;
+  }
+
+  // First token of the stream's batch n.
+  __device__ int token(int n) const { return (first_ + n * Traits::kWarps) * Traits::kBatchTokens; }
+
+  // Start copying batch n into the ring's slot. All lanes are done with what it held.
+  __device__ void fetch(int n, int slot) {
+    if (n < num_batches()) {
+      if (n % kLookUp == 0) look_up(n);
+      copy(n % kLookUp, slot);
+    }
+    cp_async_commit();  // one group for every call, so that the waiter can count them
+  }
+
+  // Wait for the oldest batch in flight. The ring's slot before it is free from then on.
+  __device__ void wait() const {
+    cp_async_wait<Traits::kStages - 2>();
+    __syncwarp();
+  }
+
+ private:
+  // Find the 32 units from batch n on, one in every lane; none where the sequence has ended.
+  __device__ void look_up(int n) {
+    const int lane = threadIdx.x & 31;
+    const int batch = first_ + (n + lane / Traits::kBatchUnits) * Traits::kWarps;
+    const int unit = batch * Traits::kBatchUnits + lane % Traits::kBatchUnits;
+    region_ = nullptr;
+    if (batch < end_ && int64_t{unit} * Traits::kUnitTokens < p_.seq_lens[req_]) {
+      const unsigned units_per_block = p_.cache.block_size / Traits::kUnitTokens;
+      const unsigned block = static_cast<unsigned>(unit) / units_per_block;
+      unit_in_block_ = unit - block * units_per_block;
+      region_ = region_of(p_.cache, p_.block_table.data[req_ * p_.block_table.req_stride + block],
+                          kv_head_);
+    }
+  }
+
+  __device__ void copy(int batch, int slot) const {
+    const int lane = threadIdx.x & 31;
+    const uint32_t to = ring_ + slot * Traits::kBatchBytes;
+#pragma unroll
+    for (int k = 0; k < Traits::kBatchUnits; ++k) {
+      const int source = batch * Traits::kBatchUnits + k;
+      const uint8_t* region = reinterpret_cast<const uint8_t*>(
+          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(region_), source));
+      const int unit_in_block = __shfl_sync(kAllLanes, unit_in_block_, source);
+#pragma unroll
+      for (int i = 0; i < Traits::kChunksPerLane; ++i) {
+        if (region && lane + 32 * i < Traits::kUnitChunks) {
+          const int2 piece = shared_.pieces[i][lane];
+          cp_async_16(to + k * Traits::kUnitBytes + i * 512,
+                      region + (piece.x + unit_in_block * piece.y));
+        }
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const int req_, kv_head_, first_, end_;
+  const typename Traits::Stream& shared_;
+  const uint32_t ring_;              // this lane's first piece of slot 0
+  const uint8_t* region_ = nullptr;  // of this lane's unit
+  int unit_in_block_ = 0;
+};
+
+}  // namespace tq::cuda

@@ -1,0 +1,104 @@
+// What a decode kernel is told, and the sizes that a head dimension and a tile of rows fix.
+#pragma once
+
+#include <cstdint>
+
+#include "core/layout.h"
+#include "core/params.h"
+#include "cuda/kernels.h"
+
+namespace tq::cuda {
+
+struct DecodeParams {
+  AttentionParams attention;
+  Partials partials;
+  int num_splits;
+  float scale_log2;  // softmax scale * log2(e)
+};
+
+template <int kHeadDim_, int kRows_, int kWarps_, int kMinCtas_>
+struct DecodeTraits {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRows_;  // query rows of a KV head: head in its group x query token
+  static constexpr int kGroup = kHeadDim < kMaxGroup ? kHeadDim : kMaxGroup;
+  static constexpr int kNumGroups = kHeadDim / kGroup;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kMinCtas = kMinCtas_;  // of one SM; bounds the registers
+  static constexpr int kThreads = kWarps * 32;
+
+  // A unit is 16 tokens of one block; a batch is what a warp scores between two looks at the
+  // maximum.
+  static constexpr int kUnitTokens = kBlockSizeMultiple;
+  static constexpr int kBatchUnits = 2;
+  static constexpr int kBatchTokens = kBatchUnits * kUnitTokens;
+  static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
+
+  // A query is two int8 numbers, high and low, in neighbouring columns of the key products.
+  static constexpr int kKeyTiles = kRows / 4;
+  static constexpr int kProducts = kGroup / 32;
+  static constexpr int kValueWords = kGroup / 64;  // of 8 coordinates, per lane
+
+  // Offsets in a unit's copy in shared memory, in the order of a block region.
+  static constexpr int kIndexBytes = kUnitTokens * kHeadDim / 4;
+  static constexpr int kSignBytes = kUnitTokens * kHeadDim / 8;
+  static constexpr int kScaleRowBytes = kUnitTokens * kScaleBytes;
+  static constexpr int kKeySignAt = kIndexBytes;
+  static constexpr int kValueIndexAt = kKeySignAt + kSignBytes;
+  static constexpr int kKeyScaleAt = kValueIndexAt + kIndexBytes;
+  static constexpr int kValueScaleAt = kKeyScaleAt + kNumGroups * kScaleRowBytes;
+  static constexpr int kUnitBytes = kValueScaleAt + kNumGroups * kScaleRowBytes;
+  static constexpr int kUnitChunks = kUnitBytes / 16;
+  static constexpr int kChunksPerLane = (kUnitChunks + 31) / 32;
+  static constexpr int kBatchBytes = kBatchUnits * kUnitBytes;
+  static constexpr int kRingBytes = kStages * kBatchBytes;  // of one warp
+
+  struct Query {
+    alignas(16) uint8_t index[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
+    alignas(16) uint8_t sign[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
+    float unit[kRows][kNumGroups];    // score of an integer product of 1
+    int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
+    float bias[kRows][kNumGroups];    // <q, center> of a group, scaled, in log2
+  };
+  struct Merge {
+    float out[kWarps][kRows][kHeadDim];
+    float max[kWarps][kRows];
+    float sum[kWarps][kRows];
+  };
+  struct Stream {
+    int2 pieces[kChunksPerLane][32];  // offset in a region, and per unit of the block; in bytes
+    // Tables of integers and of halves, twice: read by lane, they stay in registers; a constant or
+    // a value that all lanes share would be moved there again at every use.
+    uint2 tables[2];
+  };
+  struct Shared {
+    Query query;
+    Stream stream;
+    union {  // the ring is done with when the warps merge
+      alignas(128) uint8_t ring[kWarps][kRingBytes];
+      Merge merge;
+    };
+  };
+
+  static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");
+  static_assert(kUnitBytes % 16 == 0, "a unit is copied in 16-byte pieces");
+  static_assert(32 % kBatchUnits == 0, "lanes find the blocks of whole batches");
+};
+
+// Wide CTAs fill an SM alone: their warps share one prologue and one merge. Narrow ones overlap
+// those of one CTA with the work of others, which pays once there are several waves of them.
+template <int kHeadDim, int kRows>
+struct DecodeShapes {
+  static constexpr int kWarps = kHeadDim > 128 ? 8 : kRows > 4 ? 12 : 16;
+  using Wide = DecodeTraits<kHeadDim, kRows, kWarps, 1>;
+  using Narrow = DecodeTraits<kHeadDim, kRows, 4, kWarps / 4>;
+};
+
+// One instantiation a file: they take long to compile.
+void launch_decode_d64(const DecodeParams& p, const DecodePlan& plan, Stream stream);
+void launch_decode_d128(const DecodeParams& p, const DecodePlan& plan, Stream stream);
+void launch_decode_d256(const DecodeParams& p, const DecodePlan& plan, Stream stream);
+int resident_decode_d64(const DecodePlan& plan);
+int resident_decode_d128(const DecodePlan& plan);
+int resident_decode_d256(const DecodePlan& plan);
+
+}  // namespace tq::cuda

@@ -1,0 +1,40 @@
+// Entry points of the CUDA kernels; plain parameters in, launches on a stream out.
+//
+// None of them synchronizes or reads device memory from the host, so all can be captured in a CUDA
+// graph.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace tq::cuda {
+
+using Stream = void*;  // cudaStream_t, so that callers need no CUDA header
+
+void store(const StoreParams& p, Stream stream);
+
+// How paged_attention divides its work. Depends on sizes that the host knows, never on lengths.
+struct DecodePlan {
+  int rows_per_tile;  // query rows of a KV head that share one pass over the tokens
+  bool wide;          // few CTAs with many warps, or many with few
+  int num_splits;     // parts that the tokens of a request are divided into
+};
+
+// max_tokens: upper bound of the cached tokens of a request.
+DecodePlan plan_decode(const AttentionParams& p, int64_t num_tokens, int64_t max_tokens);
+
+// Partial results, one of every split.
+struct Partials {
+  float* out;        // [num_splits, num_rows, head_dim], normalized, values still rotated
+  float* lse;        // [num_splits, num_rows], natural logarithm; -inf: `out` was not written
+  int64_t num_rows;  // num_tokens * num_heads
+};
+
+void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Partials& partials,
+                     Stream stream);
+
+// num_rows: rows that key and value have room for.
+void dequantize(const DequantizeParams& p, int64_t num_rows, Stream stream);
+
+}  // namespace tq::cuda

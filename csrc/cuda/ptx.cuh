@@ -1,0 +1,63 @@
+// Instructions without a C++ spelling, each wrapped and named.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace tq::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Copy 16 bytes to shared memory, past the L1 cache; complete after cp_async_wait and a barrier.
+__device__ inline void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most kPending of this thread's newest groups are incomplete.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// c[16 x 8] += a[16 x 32] b[32 x 8], int8 in, int32 out.
+//
+// Lane 4 g + t holds, four consecutive k to a register: a = {row g, k 4t; row g + 8, k 4t; row g, k
+// 16 + 4t; row g + 8, k 16 + 4t}, b = {k 4t, column g; k 16 + 4t, column g}, c = {row g, columns 2t
+// and 2t + 1; row g + 8, the same}.
+__device__ inline void mma_int8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], float16 in, float32 out; lanes as in mma_int8, two k to a
+// register.
+__device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline uint32_t pack_half2(float low, float high) {
+  const __half2 packed = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,171 @@
+// Store: rotate, quantize, sketch and scatter keys and values.
+//
+// Grid: one warp per (token, KV head, key or value, group); a lane holds group / 32 consecutive
+// coordinates. The arithmetic is reference.py's (encode_keys, encode_values) in the same order, so
+// the bytes are equal. Latency-bound at decode (a few hundred vectors); at prefill about 15
+// shuffles a coordinate of a lane.
+#include "core/codebook.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/warp.cuh"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr float kHalfMax = 65504.0f;
+
+// Lane's share of one coded group.
+struct LaneCode {
+  uint32_t index;  // 2 bits a coordinate
+  uint32_t sign;   // 1 bit a coordinate
+  float scale;     // of the group, same in every lane
+};
+
+template <int kGroup, const SignDiagonal& kDiagonal>
+__device__ void rotate(const float (&x)[kPerLane<kGroup>], float (&out)[kPerLane<kGroup>]) {
+  float sign[kPerLane<kGroup>];
+  lane_signs<kGroup, kDiagonal>(sign);
+#pragma unroll
+  for (int e = 0; e < kPerLane<kGroup>; ++e) out[e] = __fmul_rn(sign[e], x[e]);
+  warp_hadamard<kGroup>(out);
+}
+
+// Rotate and normalize x; write u and its centroids; return |x|.
+template <int kGroup, const SignDiagonal& kDiagonal>
+__device__ float quantize(const float (&x)[kPerLane<kGroup>], float (&u)[kPerLane<kGroup>],
+                          float (&centroid)[kPerLane<kGroup>], uint32_t* index) {
+  using Book = Codebook<kGroup>;
+  float squares[kPerLane<kGroup>];
+#pragma unroll
+  for (int e = 0; e < kPerLane<kGroup>; ++e) squares[e] = __fmul_rn(x[e], x[e]);
+  const float norm = __fsqrt_rn(warp_tree_sum<kGroup>(squares));
+  const float inverse = norm > 0.0f ? __fdiv_rn(1.0f, norm) : 0.0f;
+  rotate<kGroup, kDiagonal>(x, u);
+  *index = 0;
+#pragma unroll
+  for (int e = 0; e < kPerLane<kGroup>; ++e) {
+    u[e] = __fmul_rn(u[e], inverse);
+    const uint32_t code = (u[e] > -Book::kBoundary) + (u[e] > 0.0f) + (u[e] > Book::kBoundary);
+    const float size = code == 0 || code == 3 ? Book::kOuter : Book::kInner;
+    centroid[e] = code < 2 ? -size : size;
+    *index |= code << (kIndexBits * e);
+  }
+  return norm;
+}
+
+// |x| sqrt(d) / <u, u^>, saturated; 0 for a zero vector.
+template <int kGroup>
+__device__ float group_scale(float norm, float overlap) {
+  if (!(norm > 0.0f)) return norm;
+  const float scale = __fdiv_rn(__fmul_rn(norm, Codebook<kGroup>::kRoot), overlap);
+  return scale > kHalfMax ? kHalfMax : scale;
+}
+
+template <int kGroup>
+__device__ LaneCode encode_key(const float (&x)[kPerLane<kGroup>]) {
+  constexpr int kCount = kPerLane<kGroup>;
+  float u[kCount], centroid[kCount], projected[kCount], scratch[kCount];
+  LaneCode code{};
+  const float norm = quantize<kGroup, kKeySigns>(x, u, centroid, &code.index);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) scratch[e] = __fsub_rn(u[e], centroid[e]);
+  rotate<kGroup, kResidualSigns>(scratch, projected);
+  rotate<kGroup, kResidualSigns>(u, scratch);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    const bool positive = projected[e] >= 0.0f;
+    code.sign |= static_cast<uint32_t>(positive) << e;
+    scratch[e] = positive ? scratch[e] : -scratch[e];
+    centroid[e] = __fmul_rn(u[e], centroid[e]);
+  }
+  const float agreement = warp_tree_sum<kGroup>(scratch);
+  const float overlap = __fadd_rn(warp_tree_sum<kGroup>(centroid),
+                                  __fmul_rn(Codebook<kGroup>::kQjlWeight, agreement));
+  code.scale = group_scale<kGroup>(norm, overlap);
+  return code;
+}
+
+template <int kGroup>
+__device__ LaneCode encode_value(const float (&x)[kPerLane<kGroup>]) {
+  constexpr int kCount = kPerLane<kGroup>;
+  float u[kCount], centroid[kCount];
+  LaneCode code{};
+  const float norm = quantize<kGroup, kValueSigns>(x, u, centroid, &code.index);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) centroid[e] = __fmul_rn(u[e], centroid[e]);
+  code.scale = group_scale<kGroup>(norm, warp_tree_sum<kGroup>(centroid));
+  return code;
+}
+
+// Write kBits of every lane, lane 0 in the lowest bits of the first byte.
+template <int kBits>
+__device__ void scatter_bits(uint32_t bits, uint8_t* out) {
+  const int lane = threadIdx.x & 31;
+  constexpr int kLanesPerByte = 8 / kBits;
+#pragma unroll
+  for (int step = 1; step < kLanesPerByte; step *= 2) {
+    bits |= __shfl_down_sync(kAllLanes, bits, step) << (kBits * step);
+  }
+  if (lane % kLanesPerByte == 0) out[lane / kLanesPerByte] = static_cast<uint8_t>(bits);
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p) {
+  constexpr int kCount = kPerLane<kGroup>;
+  const SlotLayout layout = p.cache.layout;
+  const int num_groups = layout.num_groups(), block_size = p.cache.block_size;
+  const int lane = threadIdx.x & 31;
+
+  // 1. Find the vector.
+  int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int group = static_cast<int>(item % num_groups);
+  item /= num_groups;
+  const bool is_value = item % 2;
+  item /= 2;
+  const int kv_head = static_cast<int>(item % p.cache.num_kv_heads);
+  const int64_t token = item / p.cache.num_kv_heads;
+  if (token >= p.num_tokens) return;
+  const int64_t slot = p.slot_mapping[token];
+  if (slot < 0) return;
+
+  // 2. Read and code it.
+  const int first = group * kGroup + lane * kCount;
+  float x[kCount];
+  read_row(is_value ? p.value : p.key, token, kv_head, first, x);
+  if (!is_value) {
+    const float* center = p.center + int64_t{kv_head} * layout.head_dim + first;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = __fsub_rn(x[e], center[e]);
+  }
+  const LaneCode code = is_value ? encode_value<kGroup>(x) : encode_key<kGroup>(x);
+
+  // 3. Write it.
+  const BlockOffsets at = layout.offsets(block_size);
+  uint8_t* region = region_of(p.cache, slot / block_size, kv_head);
+  const int64_t offset = slot % block_size;
+  uint8_t* index = region + (is_value ? at.value_index : at.key_index) +
+                   offset * layout.index_bytes() + group * (kGroup / 4);
+  scatter_bits<kIndexBits * kCount>(code.index, index);
+  if (!is_value) {
+    uint8_t* sign = region + at.key_sign + offset * layout.sign_bytes() + group * (kGroup / 8);
+    scatter_bits<kSignBits * kCount>(code.sign, sign);
+  }
+  if (lane == 0) {
+    uint8_t* scales = region + (is_value ? at.value_scale : at.key_scale);
+    reinterpret_cast<__half*>(scales)[int64_t{group} * block_size + offset] =
+        __float2half_rn(code.scale);
+  }
+}
+
+}  // namespace
+
+void store(const StoreParams& p, Stream stream) {
+  const int64_t num_vectors = p.num_tokens * p.cache.num_kv_heads * 2 * p.cache.layout.num_groups();
+  if (num_vectors == 0) return;
+  const dim3 grid(static_cast<unsigned>((num_vectors + kWarps - 1) / kWarps));
+  const auto kernel = p.cache.layout.group() == 64 ? store_kernel<64> : store_kernel<128>;
+  launch(kernel, grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream), p);
+}
+
+}  // namespace tq::cuda

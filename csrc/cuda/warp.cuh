@@ -1,0 +1,126 @@
+// One group of coordinates held by a warp: lane i has coordinates i * kPerLane to (i + 1) *
+// kPerLane - 1.
+//
+// Additions are in the order of reference.py (hadamard, tree_sum), so that float32 results are
+// equal bit for bit; every rounding step is written as an intrinsic that the compiler does not
+// fuse.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/params.h"
+#include "core/rotation.h"
+#include "cuda/ptx.cuh"
+
+namespace tq::cuda {
+
+template <int kGroup>
+inline constexpr int kPerLane = kGroup / 32;
+
+// Multiply by the unnormalized Hadamard matrix, largest stride first.
+template <int kGroup>
+__device__ inline void warp_hadamard(float (&x)[kPerLane<kGroup>]) {
+  constexpr int kCount = kPerLane<kGroup>;
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      const float other = __shfl_xor_sync(kAllLanes, x[e], mask);
+      x[e] = upper ? __fsub_rn(other, x[e]) : __fadd_rn(x[e], other);
+    }
+  }
+#pragma unroll
+  for (int stride = kCount / 2; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (e & stride) continue;
+      const float a = x[e], b = x[e + stride];
+      x[e] = __fadd_rn(a, b);
+      x[e + stride] = __fsub_rn(a, b);
+    }
+  }
+}
+
+// Sum by halving; every lane gets the sum.
+template <int kGroup>
+__device__ inline float warp_tree_sum(float (&x)[kPerLane<kGroup>]) {
+  constexpr int kCount = kPerLane<kGroup>;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      x[e] = __fadd_rn(x[e], __shfl_xor_sync(kAllLanes, x[e], mask));
+    }
+  }
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int e = 0; e < half; ++e) x[e] = __fadd_rn(x[e], x[e + half]);
+  }
+  return x[0];
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+
+// +1 or -1 at this lane's coordinates.
+template <int kGroup, const SignDiagonal& kDiagonal>
+__device__ inline void lane_signs(float (&sign)[kPerLane<kGroup>]) {
+  constexpr int kCount = kPerLane<kGroup>;
+  const int first = (threadIdx.x & 31) * kCount;
+  // Constants and a conditional: device code cannot index the host's diagonal.
+  constexpr uint64_t kLow = kDiagonal.words[0], kHigh = kDiagonal.words[1];
+  const uint64_t word = first < 64 ? kLow : kHigh;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) sign[e] = (word >> ((first + e) % 64)) & 1 ? 1.0f : -1.0f;
+}
+
+template <int kCount>
+__device__ inline void read_row(const Rows& rows, int64_t token, int head, int first,
+                                float (&x)[kCount]) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    if (rows.dtype == Dtype::kBfloat16) {
+      x[e] = __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[at + e]);
+    } else if (rows.dtype == Dtype::kFloat16) {
+      x[e] = __half2float(static_cast<const __half*>(rows.data)[at + e]);
+    } else {
+      x[e] = static_cast<const float*>(rows.data)[at + e];
+    }
+  }
+}
+
+template <int kCount>
+__device__ inline void write_row(const MutableRows& rows, int64_t token, int head, int first,
+                                 const float (&x)[kCount]) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    if (rows.dtype == Dtype::kBfloat16) {
+      static_cast<__nv_bfloat16*>(rows.data)[at + e] = __float2bfloat16_rn(x[e]);
+    } else if (rows.dtype == Dtype::kFloat16) {
+      static_cast<__half*>(rows.data)[at + e] = __float2half_rn(x[e]);
+    } else {
+      static_cast<float*>(rows.data)[at + e] = x[e];
+    }
+  }
+}
+
+__device__ inline uint8_t* region_of(const Cache& cache, int64_t block, int64_t kv_head) {
+  return cache.data + block * cache.block_stride_bytes + kv_head * cache.head_stride_bytes;
+}
+
+}  // namespace tq::cuda
