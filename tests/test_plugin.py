@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,49 @@ def test_unsupported_selections_are_refused(
         assert current_platform.get_attn_backend_cls(None, supported).endswith("TurboQuant3Backend")
         with pytest.raises(UnsupportedError) as error:
             current_platform.get_attn_backend_cls(None, supported._replace(**needs))
+    assert_one_line(error.value, reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "built", "needs", "reason"),
+    [
+        ("cuda", (7, 5), True, {}, "compute capability 7.5 is not supported, only 8.0 and newer"),
+        ("cuda", (9, 0), False, {}, "the CUDA operators were not built; with nvcc on PATH, build"),
+        ("cuda", (9, 0), True, {"dtype": torch.float32}, "float32 models are not supported on"),
+        ("cuda", (9, 0), True, {"head_size": 512}, "head size 512 is not supported on GPUs"),
+        ("xpu", None, True, {}, "the device xpu is not supported, only CPUs and NVIDIA GPUs are"),
+        ("cuda", (9, 0), True, {}, None),
+    ],
+    ids=["old GPU", "not built", "float32", "head size", "another device", "supported"],
+)
+def test_devices(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: tuple[int, int] | None,
+    built: bool,
+    needs: dict[str, Any],
+    reason: str | None,
+) -> None:
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from vllm_turboquant import backend
+
+    known = DeviceCapability(*capability) if capability else None
+    platform = SimpleNamespace(
+        device_name=device,
+        is_cpu=lambda: False,
+        is_cuda=lambda: device == "cuda",
+        get_device_capability=lambda: known,
+    )
+    monkeypatch.setattr(backend, "current_platform", platform)
+    monkeypatch.setattr(backend.ops, "HAS_CUDA", built)
+    layer = AttentionSelectorConfig(128, torch.bfloat16, "turboquant3", 16)._replace(**needs)
+    if reason is None:
+        assert backend.select_backend(None, layer).endswith("TurboQuant3Backend")
+        return
+    with pytest.raises(UnsupportedError) as error:
+        backend.select_backend(None, layer)
     assert_one_line(error.value, reason)
 
 

@@ -138,10 +138,11 @@ def _device_checks(dtype: torch.dtype, head_size: int) -> list[tuple[bool, str]]
         name = current_platform.device_name or "unknown"
         return [(True, f"the device {name} is not supported, only CPUs and NVIDIA GPUs are")]
     capability = current_platform.get_device_capability()
+    version = capability.as_version_str() if capability else "unknown"
     return [
         (
-            capability is not None and capability < (8, 0),
-            f"a GPU of compute capability {capability} is not supported, only 8.0 and newer are",
+            capability is None or capability < (8, 0),
+            f"a GPU of compute capability {version} is not supported, only 8.0 and newer are",
         ),
         (
             not ops.HAS_CUDA,
