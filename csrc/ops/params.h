@@ -1,0 +1,80 @@
+// Operator arguments to kernel parameters, with every check that does not depend on the device.
+#pragma once
+
+#include "ops/check.h"
+
+namespace tq::ops {
+
+inline StoreParams store_params(const Tensor& key, const Tensor& value, const Tensor& center_,
+                                const Tensor& kv_cache, const Tensor& slot_mapping) {
+  check_shape("key", key, {kAny, kAny, kAny});
+  const int64_t num_kv_heads = key.size(1), head_dim = key.size(2);
+  StoreParams p;
+  p.cache = cache(kv_cache, head_dim);
+  check_shape("kv_cache", kv_cache, {kAny, num_kv_heads, kAny, kAny});
+  p.key = rows("key", key, num_kv_heads, head_dim);
+  p.value = rows("value", value, num_kv_heads, head_dim);
+  p.center = center(center_, num_kv_heads, head_dim);
+  check_dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check_shape("slot_mapping", slot_mapping, {kAny});
+  check_contiguous("slot_mapping", slot_mapping);
+  p.num_tokens = slot_mapping.size(0);
+  p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
+                  "key and value have ", key.size(0), " and ", value.size(0),
+                  " rows, expected at least slot_mapping's ", p.num_tokens);
+  return p;
+}
+
+inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_cache,
+                                        const Tensor& block_table_, const Tensor& seq_lens,
+                                        const Tensor& query_start_loc, const Tensor& center_,
+                                        double scale, bool causal, const Tensor& out,
+                                        const Tensor& lse) {
+  check_shape("query", query, {kAny, kAny, kAny});
+  const int64_t num_heads = query.size(1), head_dim = query.size(2);
+  AttentionParams p;
+  p.cache = cache(kv_cache, head_dim);
+  STD_TORCH_CHECK(num_heads % p.cache.num_kv_heads == 0, "query has ", num_heads,
+                  " heads, expected a multiple of kv_cache's ", p.cache.num_kv_heads);
+  p.query = rows("query", query, num_heads, head_dim);
+  check_shape("seq_lens", seq_lens, {kAny});
+  p.num_reqs = static_cast<int>(seq_lens.size(0));
+  p.num_heads = static_cast<int>(num_heads);
+  p.block_table = block_table(block_table_, p.num_reqs);
+  p.seq_lens = int_vector("seq_lens", seq_lens, p.num_reqs);
+  p.query_start_loc = int_vector("query_start_loc", query_start_loc, p.num_reqs + 1);
+  p.center = center(center_, p.cache.num_kv_heads, head_dim);
+  p.scale = static_cast<float>(scale);
+  p.causal = causal;
+  p.out = mutable_rows("out", out, num_heads, head_dim);
+  check_dtype("lse", lse, ScalarType::Float);
+  check_shape("lse", lse, {num_heads, kAny});
+  STD_TORCH_CHECK(lse.stride(1) == 1, "lse has stride ", lse.stride(1),
+                  " along tokens, expected 1");
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse_stride = lse.stride(0);
+  return p;
+}
+
+inline DequantizeParams dequantize_params(const Tensor& kv_cache, const Tensor& block_table_,
+                                          const Tensor& seq_starts, const Tensor& cu_seq_lens,
+                                          const Tensor& center_, const Tensor& key_out,
+                                          const Tensor& value_out) {
+  check_shape("key_out", key_out, {kAny, kAny, kAny});
+  const int64_t num_kv_heads = key_out.size(1), head_dim = key_out.size(2);
+  DequantizeParams p;
+  p.cache = cache(kv_cache, head_dim);
+  check_shape("kv_cache", kv_cache, {kAny, num_kv_heads, kAny, kAny});
+  check_shape("seq_starts", seq_starts, {kAny});
+  p.num_reqs = static_cast<int>(seq_starts.size(0));
+  p.block_table = block_table(block_table_, p.num_reqs);
+  p.seq_starts = int_vector("seq_starts", seq_starts, p.num_reqs);
+  p.cu_seq_lens = int_vector("cu_seq_lens", cu_seq_lens, p.num_reqs + 1);
+  p.center = center(center_, num_kv_heads, head_dim);
+  p.key = mutable_rows("key_out", key_out, num_kv_heads, head_dim);
+  p.value = mutable_rows("value_out", value_out, num_kv_heads, head_dim);
+  return p;
+}
+
+}  // namespace tq::ops
