@@ -161,12 +161,13 @@ def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
         "--max-model-len=1024",
     ) as server:
         first = complete(server, LONG_PROMPT, max_tokens=32)
-        assert "Paris" in first
-        assert complete(server, LONG_PROMPT, max_tokens=32) == first
+        hits = metric(server, "vllm:prefix_cache_hits_total")
+        assert complete(server, LONG_PROMPT, max_tokens=32) == first != ""
+        assert metric(server, "vllm:prefix_cache_hits_total") >= hits + 512
         # Preemption recomputes in other batches, which rounds differently: ask what is not close.
         sure = [prompt for prompt in EASY if EASY[prompt] in complete(server, prompt)]
-        assert len(sure) >= 3
-        prompts = [*sure, *sure, *sure][:9]  # of 2 blocks each, where 12 exist
+        assert sure
+        prompts = (sure * 9)[:9]  # of 2 blocks each, where 12 exist
 
         def long_answer(prompt: str) -> str:
             return complete(server, prompt, max_tokens=150, extra_body={"ignore_eos": True})
