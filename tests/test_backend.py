@@ -23,6 +23,7 @@ pytestmark = pytest.mark.vllm
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
+CENTER = 2 * torch.randn(NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ def make_config(model: Path, exact_prefill: bool = True) -> VllmConfig:
 
 
 def run_step(
-    config: VllmConfig, spec: BatchSpec, padding: int = 0
+    config: VllmConfig,
+    spec: BatchSpec,
+    padding: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """Store the contexts and run one step through the builder and the implementation.
 
-    Returns:
+    Returns, on the CPU:
         Output [num_tokens + padding, num_heads, head_dim] and per request (query, key, value), the
         latter two of all its tokens.
     """
@@ -76,59 +81,75 @@ def run_step(
     blocks = torch.randperm(cache.shape[0], generator=generator)[: num_reqs * num_blocks_each]
     block_table = blocks.view(num_reqs, num_blocks_each).int()
 
+    host_table = block_table
+
     def slots(req: int, first: int, last: int) -> Tensor:
         position = torch.arange(first, last)
-        return block_table[req, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
+        return host_table[req, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
 
     # Models are built while PyTorch's default dtype is the model's.
-    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+    with (
+        set_current_vllm_config(config),
+        set_default_torch_dtype(torch.bfloat16),
+        torch.device(device),
+    ):
         impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
+    impl.center.copy_(CENTER)
+    cache, block_table = cache.to(device), block_table.to(device)
+
+    def store(key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        arguments = (key.to(device), value.to(device), cache, slot_mapping.to(device))
+        impl.do_kv_cache_update(None, *arguments)
+
     requests, queries, keys, values, mapping = [], [], [], [], []
     for req, (context, fresh) in enumerate(zip(spec.context_lens, spec.query_lens, strict=True)):
         seq_len = context + fresh
-        query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator)
+        query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator).to(dtype)
         key, value = torch.randn(2, seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-        impl.do_kv_cache_update(None, key[:context], value[:context], cache, slots(req, 0, context))
+        key, value = (key + CENTER).to(dtype), value.to(dtype)
+        store(key[:context], value[:context], slots(req, 0, context))
         requests.append((query, key, value))
         queries.append(query)
         keys.append(key[context:])
         values.append(value[context:])
         mapping.append(slots(req, context, seq_len))
-    nothing = torch.full((padding, NUM_HEADS, HEAD_DIM), torch.nan)
+    nothing = torch.full((padding, NUM_HEADS, HEAD_DIM), torch.nan, dtype=dtype)
     query = torch.cat([*queries, nothing])
     key = torch.cat([*keys, nothing[:, :NUM_KV_HEADS]])
     value = torch.cat([*values, nothing[:, :NUM_KV_HEADS]])
     slot_mapping = torch.cat([*mapping, torch.full((padding,), -1)])
-    impl.do_kv_cache_update(None, key, value, cache, slot_mapping)
+    store(key, value, slot_mapping)
 
     query_lens, context_lens = torch.tensor(spec.query_lens), torch.tensor(spec.context_lens)
     query_start_loc = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
     seq_lens = (query_lens + context_lens).int()
     common = CommonAttentionMetadata(
-        query_start_loc=query_start_loc,
+        query_start_loc=query_start_loc.to(device),
         query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens,
+        seq_lens=seq_lens.to(device),
+        seq_lens_cpu_upper_bound=seq_lens,
         num_reqs=num_reqs,
         num_actual_tokens=int(query_lens.sum()),
         max_query_len=int(query_lens.max()),
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=block_table,
-        slot_mapping=slot_mapping,
+        slot_mapping=slot_mapping.to(device),
     )
     page = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
     )
-    builder = TurboQuant3MetadataBuilder(page, [], config, torch.device("cpu"))
+    builder = TurboQuant3MetadataBuilder(page, [], config, torch.device(device))
+    query, key, value = (x.to(device) for x in (query, key, value))
     output = torch.full_like(query, 7.0)
     impl.forward(None, query, key, value, cache, builder.build(0, common), output)
-    return output, requests
+    return output.cpu(), requests
 
 
 def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tensor:
     """Attention in float64 where all but the last ``num_exact`` tokens are read from codes."""
-    layout, center = SlotLayout(HEAD_DIM), torch.zeros(NUM_KV_HEADS, HEAD_DIM)
+    layout = SlotLayout(HEAD_DIM)
     first_exact = key.shape[0] - num_exact
-    decoded_key = reference.decode_keys(reference.encode_keys(key, center, layout), center, layout)
+    decoded_key = reference.decode_keys(reference.encode_keys(key, CENTER, layout), CENTER, layout)
     decoded_value = reference.decode_values(reference.encode_values(value, layout), layout)
     decoded_key[first_exact:] = key[first_exact:]
     decoded_value[first_exact:] = value[first_exact:]
@@ -143,21 +164,62 @@ def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tenso
     ).transpose(0, 1)
 
 
-@pytest.mark.parametrize("exact_prefill", [True, False], ids=["exact", "through the cache"])
-@pytest.mark.parametrize("name", BATCH_SPECS)
-def test_batches(tiny_llama: Path, name: str, exact_prefill: bool) -> None:
+def check_batch(
+    model: Path,
+    name: str,
+    exact_prefill: bool,
+    bound: float,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
     spec = BATCH_SPECS[name]
     padding = 3 if name == "padded" else 0
-    output, requests = run_step(make_config(tiny_llama, exact_prefill), spec, padding)
+    config = make_config(model, exact_prefill)
+    output, requests = run_step(config, spec, padding, device, dtype)
     start = 0
     for query, key, value in requests:
         rows = query.shape[0]
         num_exact = rows if exact_prefill and rows > 1 else 0
         want = expected(query, key, value, num_exact)
         error = (output[start : start + rows] - want).norm() / want.norm()
-        assert error < 1e-3, f"request at row {start}: relative error {error:.2e}"
+        assert error < bound, f"request at row {start}: relative error {error:.2e}"
         start += rows
     assert (output[start:] == 7.0).all(), "padding rows must stay untouched"
+
+
+EXACT_OR_NOT = pytest.mark.parametrize(
+    "exact_prefill", [True, False], ids=["exact", "through the cache"]
+)
+
+
+@EXACT_OR_NOT
+@pytest.mark.parametrize("name", BATCH_SPECS)
+def test_batches(tiny_llama: Path, name: str, exact_prefill: bool) -> None:
+    check_batch(tiny_llama, name, exact_prefill, bound=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@EXACT_OR_NOT
+@pytest.mark.parametrize("tile_tokens", [16384, 48])
+@pytest.mark.parametrize("name", BATCH_SPECS)
+def test_batches_on_a_gpu(
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    exact_prefill: bool,
+    tile_tokens: int,
+) -> None:
+    from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
+
+    from vllm_turboquant import metadata
+
+    monkeypatch.setattr(metadata, "TILE_TOKENS", tile_tokens)
+    init_workspace_manager(torch.device("cuda"))
+    try:
+        check_batch(tiny_llama, name, exact_prefill, 1e-2, "cuda", torch.bfloat16)
+    finally:
+        reset_workspace_manager()
 
 
 def test_profiling_run_gives_zeros(tiny_llama: Path) -> None:
@@ -173,16 +235,23 @@ def test_profiling_run_gives_zeros(tiny_llama: Path) -> None:
 
 
 def test_merge_is_attention_over_both_sets() -> None:
-    from vllm_turboquant.fresh import FreshRequests, fresh_attention, merge
+    from vllm_turboquant.fresh import FreshRequests, fresh_attention
+    from vllm_turboquant.tiles import merge_into
 
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, NUM_HEADS, HEAD_DIM, generator=generator)
-    key, value = torch.randn(2, 2, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-    one = FreshRequests([(0, 1)], torch.tensor([0, 1], dtype=torch.int32))
-    parts = [fresh_attention(query, key[i : i + 1], value[i : i + 1], one, SCALE) for i in range(2)]
-    merged = merge(*parts[0], *parts[1])
-    scores = torch.einsum("hd,thd->ht", query[0], key.repeat_interleave(3, 1)) * SCALE
-    want = torch.einsum("ht,thd->hd", scores.softmax(-1), value.repeat_interleave(3, 1))
-    torch.testing.assert_close(merged[0], want)
-    nothing = torch.zeros_like(merged), torch.full((NUM_HEADS, 1), -torch.inf)
-    torch.testing.assert_close(merge(*parts[0], *nothing), parts[0][0])
+    query = torch.randn(2, NUM_HEADS, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, 2, 2, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    one_each = FreshRequests.of_lengths([1, 1], torch.device("cpu"))
+    outs = torch.zeros(2, 2, NUM_HEADS, HEAD_DIM)
+    lses = [fresh_attention(query, key[i], value[i], one_each, SCALE, outs[i]) for i in range(2)]
+    out, lse = outs[0].clone(), lses[0].clone()
+    second = slice(1, 2)
+    merge_into(out, lse, second, outs[1][second], lses[1][:, second])
+    assert torch.equal(out[0], outs[0][0]) and torch.equal(lse[:, 0], lses[0][:, 0])
+    keys, values = (x[:, 1].repeat_interleave(3, 1) for x in (key, value))
+    scores = torch.einsum("hd,thd->ht", query[1], keys) * SCALE
+    torch.testing.assert_close(out[1], torch.einsum("ht,thd->hd", scores.softmax(-1), values))
+    torch.testing.assert_close(lse[:, 1], scores.logsumexp(-1))
+    nothing = torch.zeros(1, NUM_HEADS, HEAD_DIM), torch.full((NUM_HEADS, 1), -torch.inf)
+    merge_into(out, lse, slice(0, 1), *nothing)
+    torch.testing.assert_close(out[0], outs[0][0])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
 from vllm_turboquant.errors import UnsupportedError
-from vllm_turboquant.fresh import FreshRequests, fresh_attention, merge
-from vllm_turboquant.metadata import PagedRequests, TurboQuant3Metadata
+from vllm_turboquant.fresh import FreshRequests, fresh_attention
+from vllm_turboquant.metadata import PagedRequests, PrefillRequests, TurboQuant3Metadata
+from vllm_turboquant.scratch import Scratch
+from vllm_turboquant.tiles import Tile, attend_tile, merge_into, reconstruct
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -19,6 +23,12 @@ if TYPE_CHECKING:
 
 class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     """Attention of one layer.
+
+    Attributes:
+        center: [num_kv_heads, head_dim] float32, subtracted from keys before they are coded. Filled
+            before the first token is stored and constant from then on.
+        observe_keys: Set while centers are measured: receives the keys of a run without a cache,
+            [num_tokens, num_kv_heads, head_dim], tokens of one sequence.
 
     Raises:
         UnsupportedError: The layer needs something that is not supported; one line names it.
@@ -53,6 +63,15 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.center = torch.zeros(self.num_kv_heads, head_size, dtype=torch.float32)
+        self.observe_keys: Callable[[Tensor], None] | None = None
+        # Keys that only meet each other, or scores without the center's share, do without it: small
+        # numbers lose least in the model's dtype.
+        self.no_center = torch.zeros_like(self.center)
+        self.scratch: Scratch | None = None
+        if self.center.is_cuda:
+            self.scratch = Scratch.of_layer(
+                get_current_vllm_config(), num_heads, self.num_kv_heads, head_size
+            )
 
     def do_kv_cache_update(
         self,
@@ -93,7 +112,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             key: [num_tokens, num_kv_heads, head_dim].
             value: As ``key``.
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
-            attn_metadata: None in vLLM's profiling runs.
+            attn_metadata: None in runs without a cache: those in which vLLM measures memory, and
+                the one that measures centers.
             output: [num_tokens, num_heads, head_dim], written in place.
             output_scale: None; this implementation offers no fused output quantization.
             output_block_scale: As ``output_scale``.
@@ -102,23 +122,29 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             ``output``.
         """
         if attn_metadata is None:
-            return output.zero_()
+            return self._forward_without_cache(query, key, value, output)
         rows = attn_metadata.num_decode_tokens
         if attn_metadata.decode is not None:
             self._attend_codes(
                 query[:rows], kv_cache, attn_metadata.decode, output[:rows], causal=True
             )
-        if attn_metadata.fresh is not None:
-            prefill = slice(rows, rows + attn_metadata.fresh.num_tokens)
-            self._prefill(
-                query[prefill],
-                key[prefill],
-                value[prefill],
-                kv_cache,
-                attn_metadata.fresh,
-                attn_metadata.context,
-                output[prefill],
-            )
+        prefill = attn_metadata.prefill
+        if prefill is not None:
+            part = slice(rows, rows + prefill.fresh.num_tokens)
+            self._prefill(query[part], key[part], value[part], kv_cache, prefill, output[part])
+        return output
+
+    def _forward_without_cache(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> Tensor:
+        """Give nothing, or, where keys are observed, exact attention over one sequence."""
+        if self.observe_keys is None:
+            if self.scratch:
+                self.scratch.reserve()
+            return output.zero_()
+        self.observe_keys(key)
+        sequence = FreshRequests.of_lengths([len(query)], query.device)
+        fresh_attention(query, key, value, sequence, self.scale, output)
         return output
 
     def _prefill(
@@ -127,17 +153,35 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        fresh: FreshRequests,
-        context: PagedRequests | None,
+        prefill: PrefillRequests,
         output: Tensor,
     ) -> None:
-        """Attend to fresh tokens exactly and to context from codes, and merge."""
-        out, lse = fresh_attention(query, key, value, fresh, self.scale)
-        if context is not None:
+        """Attend to the tokens of this step, then to earlier ones, and merge."""
+        fresh_tile = prefill.fresh_tile
+        if fresh_tile:
+            key, value = self._reconstruct(kv_cache, fresh_tile)
+        lse = fresh_attention(query, key, value, prefill.fresh, self.scale, output)
+        if prefill.context:
             earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-            earlier_lse = self._attend_codes(query, kv_cache, context, earlier, causal=False)
-            out = merge(out, lse, earlier, earlier_lse)
-        output.copy_(out)
+            earlier_lse = self._attend_codes(
+                query, kv_cache, prefill.context, earlier, causal=False
+            )
+            merge_into(output, lse, slice(len(query)), earlier, earlier_lse)
+        if prefill.context_tiles and not fresh_tile:
+            lse -= self._center_scores(query)  # tiles hold keys without their center
+        for tile in prefill.context_tiles:
+            key, value = self._reconstruct(kv_cache, tile)
+            attend_tile(query, key, value, tile, self.scale, output, lse)
+
+    def _reconstruct(self, kv_cache: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Read a tile back into scratch, keys without their center."""
+        assert self.scratch is not None, "tiles are planned on GPUs only"
+        return reconstruct(kv_cache, tile, self.no_center, self.scratch.tile())
+
+    def _center_scores(self, query: Tensor) -> Tensor:
+        """What the center adds to every score of a row: [num_heads, num_tokens] float32."""
+        center = self.center.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
+        return self.scale * (query * center).sum(dim=-1).T
 
     def _attend_codes(
         self,
@@ -161,5 +205,6 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             causal,
             output,
             lse,
+            self.scratch.decode() if self.scratch else None,
         )
         return lse

@@ -19,6 +19,7 @@ from vllm_turboquant.layout import BLOCK_SIZE_MULTIPLE, SUPPORTED_HEAD_DIMS, Slo
 from vllm_turboquant.options import read_options
 
 NAME = "TURBOQUANT3"
+WORKER = "vllm_turboquant.worker.CenteringWorker"
 MAX_CUDA_HEAD_DIM = 256
 
 #: Kinds of models, as vLLM names them, whose attention is not that of a decoder.
@@ -185,13 +186,20 @@ def select_backend(selected: AttentionBackendEnum | None, config: AttentionSelec
 
 
 def check_config(vllm_config: VllmConfig) -> None:
-    """Refuse an engine configuration before any process or model is started.
+    """Refuse an engine configuration before any process or model is started, or choose its worker.
 
     Raises:
         UnsupportedError: One line with everything that cannot be served.
         OptionsError: The options are not valid; one line names what is accepted.
     """
     read_options(vllm_config)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", WORKER):  # ours, where a configuration is derived
+        raise UnsupportedError(
+            f"--worker-cls {parallel.worker_cls} takes the place of the worker that centers keys; "
+            "leave the option out"
+        )
+    parallel.worker_cls = WORKER
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if model is None:
         return

@@ -1,8 +1,10 @@
-"""Exact attention among the tokens of one step, and its merge with attention to earlier ones."""
+"""Exact attention among the tokens of one step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +22,13 @@ class FreshRequests:
     bounds: list[tuple[int, int]]
     query_start_loc: Tensor
 
+    @staticmethod
+    def of_lengths(lengths: Sequence[int], device: torch.device) -> FreshRequests:
+        """Requests of the given numbers of rows, one after the other."""
+        starts = [0, *accumulate(lengths)]
+        query_start_loc = torch.tensor(starts, dtype=torch.int32, device=device)
+        return FreshRequests(list(pairwise(starts)), query_start_loc)
+
     @property
     def num_tokens(self) -> int:
         """Rows of all requests."""
@@ -32,8 +41,8 @@ class FreshRequests:
 
 
 def fresh_attention(
-    query: Tensor, key: Tensor, value: Tensor, requests: FreshRequests, scale: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, requests: FreshRequests, scale: float, out: Tensor
+) -> Tensor:
     """Causal self-attention of every request.
 
     Args:
@@ -42,60 +51,68 @@ def fresh_attention(
         value: As ``key``.
         requests: Where each request's rows are.
         scale: Softmax scale.
+        out: As ``query``; written.
 
     Returns:
-        Output [num_tokens, num_heads, head_dim] in ``query``'s dtype and log-sum-exp
-        [num_heads, num_tokens] float32, natural logarithm.
+        Log-sum-exp [num_heads, num_tokens] float32, natural logarithm.
     """
     if query.is_cuda:
-        return _fresh_attention_cuda(query, key, value, requests, scale)
-    outs, lses = [], []
+        rows = (requests.query_start_loc, requests.max_query_len)
+        return flash_attention(query, key, value, rows, rows, scale, out, causal=True)
+    lses = []
     for first, last in requests.bounds:
         # The operator behind scaled_dot_product_attention, which keeps the lse to itself.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(x[first:last].transpose(0, 1)[None] for x in (query, key, value)),
             0.0,
             True,
             scale=scale,
         )
-        outs.append(out[0].transpose(0, 1))
+        out[first:last] = part[0].transpose(0, 1)
         lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    return torch.cat(lses, dim=1)
 
 
-def _fresh_attention_cuda(
-    query: Tensor, key: Tensor, value: Tensor, requests: FreshRequests, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same through the FlashAttention that vLLM brings along."""
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
+    scale: float,
+    out: Tensor,
+    *,
+    causal: bool,
+) -> Tensor:
+    """Attention of several sequences through the FlashAttention that vLLM brings along, on GPUs.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim].
+        key: [num_keys, num_kv_heads, head_dim].
+        value: As ``key``.
+        queries: First row of each sequence, [num_seqs + 1] int32, and the most rows of one.
+        keys: As ``queries``, of ``key``.
+        scale: Softmax scale.
+        out: As ``query``; written.
+        causal: Whether a sequence's last query row sees all its keys, the one before it one less.
+
+    Returns:
+        As ``fresh_attention``; infinite for a row that sees nothing.
+    """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    out, lse = flash_attn_varlen_func(
+    _, lse = flash_attn_varlen_func(
         q=query,
         k=key,
         v=value,
-        max_seqlen_q=requests.max_query_len,
-        cu_seqlens_q=requests.query_start_loc,
-        max_seqlen_k=requests.max_query_len,
-        cu_seqlens_k=requests.query_start_loc,
+        cu_seqlens_q=queries[0],
+        max_seqlen_q=queries[1],
+        cu_seqlens_k=keys[0],
+        max_seqlen_k=keys[1],
         softmax_scale=scale,
-        causal=True,
+        causal=causal,
         return_softmax_lse=True,
+        out=out,
         fa_version=get_flash_attn_version(head_size=query.shape[-1]),
     )
-    return out, lse
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Combine attention over two disjoint sets of keys.
-
-    Args:
-        out: [num_tokens, num_heads, head_dim], over the first set.
-        lse: [num_heads, num_tokens], finite.
-        other: As ``out``, float32, over the second set; 0 where ``other_lse`` is -inf.
-        other_lse: As ``lse``, -inf where the second set is empty.
-
-    Returns:
-        [num_tokens, num_heads, head_dim] float32.
-    """
-    weight = torch.sigmoid(other_lse - lse).T[..., None]
-    return torch.lerp(out.float(), other, weight)
+    return lse

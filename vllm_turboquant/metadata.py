@@ -24,6 +24,7 @@ from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.fresh import FreshRequests
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.options import read_options
+from vllm_turboquant.tiles import TILE_TOKENS, Piece, Tile, make_tile, plan_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +49,24 @@ class PagedRequests:
     block_table: Tensor
 
 
+@dataclass(frozen=True)
+class PrefillRequests:
+    """Requests with more than one row in this step.
+
+    Attributes:
+        fresh: Their tokens of this step.
+        fresh_tile: The same tokens in the cache, where they are to be read back from codes; None
+            where they attend to each other exactly.
+        context: Their earlier tokens, read from codes on CPUs; None if there are none.
+        context_tiles: The same, reconstructed on GPUs.
+    """
+
+    fresh: FreshRequests
+    fresh_tile: Tile | None = None
+    context: PagedRequests | None = None
+    context_tiles: tuple[Tile, ...] = ()
+
+
 @dataclass
 class TurboQuant3Metadata(AttentionMetadata):
     """How one step's query rows attend. Requests that decode come first:
@@ -57,19 +76,18 @@ class TurboQuant3Metadata(AttentionMetadata):
 
     A decode row reads every token, its own included, from codes. A prefill row reads the tokens
     computed in earlier steps (its context) from codes and those of this step from the model's own
-    keys and values; the two results are merged by log-sum-exp.
+    keys and values; the two results are merged by log-sum-exp. Without ``exact_prefill``, all rows
+    read everything from codes.
 
     Attributes:
         num_decode_tokens: Rows of the decode requests.
         decode: Decode requests over all their tokens; None without any.
-        fresh: Prefill requests over this step's tokens; None without any.
-        context: The same requests over their context; None if none has one.
+        prefill: The other requests; None without any.
     """
 
     num_decode_tokens: int
     decode: PagedRequests | None
-    fresh: FreshRequests | None
-    context: PagedRequests | None
+    prefill: PrefillRequests | None
 
 
 class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
@@ -98,14 +116,15 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
     ) -> TurboQuant3Metadata:
         """Split the batch; see ``TurboQuant3Metadata``."""
         batch = common_attn_metadata
-        if self.options.exact_prefill:
+        if self.device.type == "cpu" and not self.options.exact_prefill:
+            # CPU kernels read codes for any number of rows.
+            num_decodes, num_prefills = batch.num_reqs, 0
+            num_decode_tokens = batch.num_actual_tokens
+        else:
             num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
                 batch, decode_threshold=self.reorder_batch_threshold
             )
-        else:
-            num_decodes, num_prefills = batch.num_reqs, 0
-            num_decode_tokens = batch.num_actual_tokens
-        decode = fresh = context = None
+        decode = prefill = None
         if num_decodes:
             decode = PagedRequests(
                 batch.query_start_loc[: num_decodes + 1],
@@ -113,24 +132,47 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
                 batch.block_table_tensor[:num_decodes],
             )
         if num_prefills:
-            prefills = slice(num_decodes, batch.num_reqs)
-            starts = (batch.query_start_loc_cpu[num_decodes : batch.num_reqs + 1]).tolist()
-            query_start_loc = batch.query_start_loc[num_decodes : batch.num_reqs + 1] - starts[0]
-            fresh = FreshRequests(
-                [(first - starts[0], last - starts[0]) for first, last in pairwise(starts)],
-                query_start_loc,
+            prefill = self._build_prefill(batch, num_decodes)
+        return TurboQuant3Metadata(num_decode_tokens, decode, prefill)
+
+    def _build_prefill(self, batch: CommonAttentionMetadata, first_req: int) -> PrefillRequests:
+        """Describe the requests from ``first_req`` on."""
+        starts = batch.query_start_loc_cpu[first_req : batch.num_reqs + 1].tolist()
+        query_start_loc = batch.query_start_loc[first_req : batch.num_reqs + 1] - starts[0]
+        fresh = FreshRequests(
+            [(first - starts[0], last - starts[0]) for first, last in pairwise(starts)],
+            query_start_loc,
+        )
+        # On the host, so that the device need not be waited for; exact for prefill requests.
+        seq_lens = batch.seq_lens_cpu_upper_bound
+        if seq_lens is None:
+            seq_lens = batch.seq_lens.cpu()
+        query_lens = [last - first for first, last in fresh.bounds]
+        context_lens = [
+            seq_len - query_len
+            for seq_len, query_len in zip(
+                seq_lens[first_req : batch.num_reqs].tolist(), query_lens, strict=True
             )
-            # On the host, so that the device need not be waited for; exact for prefill requests.
-            seq_lens = batch.seq_lens_cpu_upper_bound
-            if seq_lens is None:
-                seq_lens = batch.seq_lens.cpu()
-            if int(seq_lens[prefills].sum()) > fresh.num_tokens:
-                context = PagedRequests(
-                    query_start_loc,
-                    batch.compute_num_computed_tokens()[prefills],
-                    batch.block_table_tensor[prefills],
-                )
-        return TurboQuant3Metadata(num_decode_tokens, decode, fresh, context)
+        ]
+        block_table = batch.block_table_tensor[first_req : batch.num_reqs]
+        if self.device.type == "cpu":
+            context = None
+            if any(context_lens):
+                lengths = torch.tensor(context_lens, dtype=torch.int32)
+                context = PagedRequests(query_start_loc, lengths, block_table)
+            return PrefillRequests(fresh, context=context)
+        tiles = [
+            make_tile(pieces, fresh, block_table)
+            for pieces in plan_tiles(context_lens, TILE_TOKENS)
+        ]
+        fresh_tile = None
+        if not self.options.exact_prefill:
+            pieces = [
+                Piece(req, *span)
+                for req, span in enumerate(zip(context_lens, query_lens, strict=True))
+            ]
+            fresh_tile = make_tile(pieces, fresh, block_table)
+        return PrefillRequests(fresh, fresh_tile, context_tiles=tuple(tiles))
 
 
 def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:

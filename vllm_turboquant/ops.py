@@ -83,6 +83,7 @@ def paged_attention(
     causal: bool,
     out: Tensor,
     lse: Tensor,
+    scratch: Tensor | None = None,
 ) -> None:
     """Attend to cached tokens; see ``reference.attention``.
 
@@ -100,6 +101,8 @@ def paged_attention(
         out: [>= num_tokens, num_heads, head_dim], any of the dtypes of ``query``; rows past
             ``query_start_loc[-1]`` stay untouched.
         lse: [num_heads, >= num_tokens] float32, natural logarithm.
+        scratch: [>= paged_attention_scratch_bytes(...)] uint8, overwritten; allocated where it is
+            None. Not used on CPUs.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -115,6 +118,16 @@ def paged_attention(
         causal,
         out,
         lse,
+        scratch,
+    )
+
+
+def paged_attention_scratch_bytes(
+    num_reqs: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """Scratch that ``paged_attention`` needs on the current GPU, at most, for any lengths."""
+    return torch.ops.turboquant.paged_attention_scratch_bytes(
+        num_reqs, num_tokens, num_heads, num_kv_heads, head_dim
     )
 
 
@@ -169,6 +182,7 @@ def _paged_attention_fake(
     causal: bool,
     out: Tensor,
     lse: Tensor,
+    scratch: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 

@@ -27,6 +27,11 @@ class Options(BaseModel):
         description="true: tokens of one prefill chunk attend to each other before compression; "
         "false: every token is read back from the compressed cache",
     )
+    center_keys: bool = Field(
+        True,
+        description="true: at load, measure what the keys of a head have in common and leave it "
+        "out of their codes; false: code keys as they are",
+    )
 
 
 def read_options(vllm_config: VllmConfig) -> Options:

@@ -115,14 +115,31 @@ HeadDimKernels kernels_of(int head_dim) {
   }
 }
 
+int rows_per_tile_of(const DecodeShape& shape) {
+  const int64_t tokens_per_req = (shape.num_tokens + shape.num_reqs - 1) / shape.num_reqs;
+  return tokens_per_req * (shape.num_heads / shape.num_kv_heads) <= 4 ? 4 : 8;
+}
+
+// More than two waves of CTAs on `slots` places gain nothing.
+int64_t most_splits(int64_t items, int64_t slots) {
+  return std::clamp<int64_t>(2 * (slots + items - 1) / items, 1, 128);
+}
+
 }  // namespace
 
-DecodePlan plan_decode(const AttentionParams& p, int64_t num_tokens, int64_t max_tokens) {
-  const int64_t group_size = p.num_heads / p.cache.num_kv_heads;
-  const int64_t rows = (num_tokens + p.num_reqs - 1) / p.num_reqs * group_size;
-  const int64_t items = int64_t{p.num_reqs} * p.cache.num_kv_heads;
-  const auto resident = kernels_of(p.cache.layout.head_dim).resident;
-  DecodePlan plan{rows <= 4 ? 4 : 8, true, 1};
+int64_t most_splits(const DecodeShape& shape) {
+  const int64_t items = shape.num_reqs * shape.num_kv_heads;
+  const auto resident = kernels_of(shape.head_dim).resident;
+  const int rows_per_tile = rows_per_tile_of(shape);
+  const int64_t slots =
+      std::max(resident({rows_per_tile, true, 1}), resident({rows_per_tile, false, 1}));
+  return most_splits(items, slots);
+}
+
+DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
+  const int64_t items = shape.num_reqs * shape.num_kv_heads;
+  const auto resident = kernels_of(shape.head_dim).resident;
+  DecodePlan plan{rows_per_tile_of(shape), true, 1};
   int64_t slots = resident(plan);
   if (items > 2 * slots) {  // or no wide CTA fits
     plan.wide = false;
@@ -130,8 +147,8 @@ DecodePlan plan_decode(const AttentionParams& p, int64_t num_tokens, int64_t max
   }
   // Fewest splits that keep the device nearly as busy as any number does; a split has 128 tokens or
   // more.
-  const int64_t most = std::min<int64_t>(
-      {128, 2 * (slots + items - 1) / items, std::max<int64_t>(1, max_tokens / 128)});
+  const int64_t most =
+      std::min(most_splits(items, slots), std::max<int64_t>(1, max_tokens / 128));
   const auto busy = [&](int64_t splits) {
     const int64_t ctas = items * splits, waves = (ctas + slots - 1) / slots;
     return static_cast<double>(ctas) / static_cast<double>(waves * slots);

@@ -21,8 +21,15 @@ struct DecodePlan {
   int num_splits;     // parts that the tokens of a request are divided into
 };
 
+struct DecodeShape {
+  int64_t num_reqs, num_tokens, num_heads, num_kv_heads, head_dim;
+};
+
 // max_tokens: upper bound of the cached tokens of a request.
-DecodePlan plan_decode(const AttentionParams& p, int64_t num_tokens, int64_t max_tokens);
+DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens);
+
+// Upper bound of num_splits of any plan for the shape.
+int64_t most_splits(const DecodeShape& shape);
 
 // Partial results, one of every split.
 struct Partials {

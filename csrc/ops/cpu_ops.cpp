@@ -30,7 +30,8 @@ void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor 
 
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& center,
-                     double scale, bool causal, Tensor out, Tensor lse) {
+                     double scale, bool causal, Tensor out, Tensor lse,
+                     std::optional<Tensor> /* scratch: its threads have their own */) {
   const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
                                              query_start_loc, center, scale, causal, out, lse);
   const int64_t last = p.query_start_loc[p.num_reqs];

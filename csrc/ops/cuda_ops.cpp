@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
+
 #include "cuda/kernels.h"
 #include "ops/params.h"
 
@@ -39,6 +41,10 @@ void check_aligned(const Cache& cache) {
                   cache.block_stride_bytes, " and ", cache.head_stride_bytes);
 }
 
+cuda::DecodeShape shape_of(const AttentionParams& p, int64_t num_tokens) {
+  return {p.num_reqs, num_tokens, p.num_heads, p.cache.num_kv_heads, p.cache.layout.head_dim};
+}
+
 void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor kv_cache,
            const Tensor& slot_mapping) {
   const StoreParams p = store_params(key, value, center, kv_cache, slot_mapping);
@@ -53,7 +59,8 @@ void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor 
 
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& center,
-                     double scale, bool causal, Tensor out, Tensor lse) {
+                     double scale, bool causal, Tensor out, Tensor lse,
+                     std::optional<Tensor> scratch) {
   const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
                                              query_start_loc, center, scale, causal, out, lse);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
@@ -69,19 +76,30 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_device("lse", lse, kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) return;
   const DeviceScope scope(kv_cache);
-  const cuda::DecodePlan plan =
-      cuda::plan_decode(p, num_tokens, block_table.size(1) * p.cache.block_size);
+  const cuda::DecodePlan plan = cuda::plan_decode(
+      shape_of(p, num_tokens), block_table.size(1) * p.cache.block_size);
   const int64_t num_rows = num_tokens * p.num_heads;
-  // The caching allocator serves captured graphs, and keeps this memory for the stream that uses
-  // it.
-  const Tensor partial_out =
-      torch::stable::new_empty(query, {plan.num_splits, num_rows, head_dim}, ScalarType::Float);
-  const Tensor partial_lse =
-      torch::stable::new_empty(query, {plan.num_splits, num_rows}, ScalarType::Float);
-  cuda::paged_attention(p, plan,
-                        {static_cast<float*>(partial_out.data_ptr()),
-                         static_cast<float*>(partial_lse.data_ptr()), num_rows},
-                        scope.stream());
+  const int64_t out_bytes = plan.num_splits * num_rows * head_dim * sizeof(float);
+  const int64_t bytes = out_bytes + plan.num_splits * num_rows * sizeof(float);
+  // Without scratch, the caching allocator's memory, which captured graphs keep.
+  const Tensor memory =
+      scratch ? *scratch : torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+  check_dtype("scratch", memory, ScalarType::Byte);
+  check_contiguous("scratch", memory);
+  check_device("scratch", memory, kv_cache);
+  STD_TORCH_CHECK(memory.numel() >= bytes, "scratch has ", memory.numel(), " bytes, expected ",
+                  bytes, "; see paged_attention_scratch_bytes");
+  auto* partial_out = static_cast<float*>(memory.data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(partial_out) % 16 == 0,
+                  "scratch must be aligned to 16 bytes");
+  cuda::paged_attention(
+      p, plan, {partial_out, partial_out + out_bytes / sizeof(float), num_rows}, scope.stream());
+}
+
+int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int64_t num_heads,
+                                      int64_t num_kv_heads, int64_t head_dim) {
+  const cuda::DecodeShape shape{num_reqs, num_tokens, num_heads, num_kv_heads, head_dim};
+  return cuda::most_splits(shape) * num_tokens * num_heads * (head_dim + 1) * sizeof(float);
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
@@ -102,6 +120,11 @@ void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor&
 }
 
 }  // namespace
+
+// It has no tensor to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(turboquant, CompositeExplicitAutograd, m) {
+  m.impl("paged_attention_scratch_bytes", TORCH_BOX(&paged_attention_scratch_bytes));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, m) {
   m.impl("store", TORCH_BOX(&store));
