@@ -1,9 +1,9 @@
-"""Times the decode kernel against FlashAttention-3 where vLLM has it, and prints the byte floor.
+"""Times the decode kernel beside vLLM's FlashAttention-3 and TurboQuant, and the byte floor.
 
 One decode step of one layer, CUDA-graph replays over inputs larger than the L2 cache, random data.
 The floor is slot_bytes per token and KV head at the bandwidth of a large copy on this GPU.
 
-    python scripts/bench_kernels.py --json result.json
+    python scripts/bench_kernels.py --rivals --json result.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import datetime
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ ROWS = [(1, 32768), (1, 131072), (8, 8192), (8, 32768), (32, 32768), (64, 2048)]
 L2_BYTES = 256 << 20  # more than any L2 cache
 
 
-def time_graph_us(steps: list[Callable[[], None]], repeats: int = 20) -> float:
+def time_graph_us(steps: Sequence[Callable[[], object]], repeats: int = 20) -> float:
     """Median time of one step, from replays of a graph that runs all of them once."""
     for step in steps:
         step()
@@ -158,6 +158,55 @@ def bench_flash_attention(
     return time_graph_us([step(table) for table in shuffled_tables(batch, blocks, copies)])
 
 
+def bench_vllm_turboquant(batch: int, context: int, args: argparse.Namespace) -> float | None:
+    """Microseconds of vLLM's own decode kernels for turboquant_3bit_nc; None where missing."""
+    try:
+        from vllm.config.attention import AttentionConfig
+        from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+        from vllm.v1.attention.ops.triton_turboquant_decode import (
+            triton_turboquant_decode_attention,
+        )
+    except ImportError:
+        return None
+    config = TurboQuantConfig.from_cache_dtype("turboquant_3bit_nc", args.head_dim)
+    blocks = -(-context // args.block_size)
+    copies = copies_needed(batch * context * args.kv_heads * config.slot_size_aligned)
+    shape = (
+        batch * blocks * copies,
+        args.block_size,
+        args.kv_heads,
+        config.slot_size_aligned,
+    )
+    # As float16, bytes below 0x3c are numbers between 0 and 1.
+    cache = torch.randint(0, 0x3C, shape, dtype=torch.uint8, device="cuda")
+    query = torch.randn(batch, args.heads, args.head_dim, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    rotation = torch.linalg.qr(torch.randn(args.head_dim, args.head_dim, device="cuda"))[0]
+    transposed = rotation.T.contiguous()
+    centroids = get_centroids(args.head_dim, config.centroid_bits).cuda()
+    splits = AttentionConfig().tq_max_kv_splits_for_cuda_graph
+
+    def step(table: Tensor) -> Callable[[], object]:
+        return lambda: triton_turboquant_decode_attention(
+            query=query,
+            kv_cache=cache,
+            block_table=table,
+            seq_lens=lengths,
+            Pi=rotation,
+            PiT=transposed,
+            centroids=centroids,
+            scale=args.head_dim**-0.5,
+            mse_bits=config.key_mse_bits,
+            key_packed_size=config.key_packed_size,
+            value_quant_bits=config.effective_value_quant_bits,
+            norm_correction=config.norm_correction,
+            max_num_kv_splits=splits,
+        )
+
+    return time_graph_us([step(table) for table in shuffled_tables(batch, blocks, copies)])
+
+
 def main() -> None:
     """Print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -165,29 +214,37 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--flash", action="store_true", help="also time FlashAttention-3")
+    parser.add_argument("--rivals", action="store_true", help="also time vLLM's kernels")
+    parser.add_argument(
+        "--row", action="append", metavar="BATCHxCONTEXT", help=f"default: {ROWS}; repeat it"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     gpu, copied = torch.cuda.get_device_name(), f"copy {bandwidth / 1e12:.2f} TB/s"
     print(f"{gpu}, torch {torch.__version__}, {copied}")
     print(f"{args.heads}/{args.kv_heads} heads, head_dim {args.head_dim}, block {args.block_size}")
-    print(f"{'batch x context':>16} {'us':>9} {'TB/s':>6} {'floor':>6} {'bf16':>9} {'fp8':>9}")
+    print(
+        f"{'batch x context':>16} {'us':>9} {'TB/s':>6} {'floor':>6} {'FA3 bf16':>9} {'FA3 fp8':>9} "
+        f"{'3bit_nc':>9}"
+    )
     rows = []
-    for batch, context in ROWS:
+    given = [tuple(map(int, row.split("x"))) for row in args.row or ()]
+    for batch, context in given or ROWS:
         ours = bench_turboquant(batch, context, args)
         num_bytes = batch * context * args.kv_heads * SlotLayout(args.head_dim).slot_bytes
         row = {"batch": batch, "context": context, "turboquant3_us": ours}
         row["bytes_per_s"] = num_bytes / ours * 1e6
         row["share_of_floor"] = row["bytes_per_s"] / bandwidth
-        if args.flash:
+        if args.rivals:
             row["fa3_bf16_us"] = bench_flash_attention(batch, context, args, torch.bfloat16)
             row["fa3_fp8_us"] = bench_flash_attention(batch, context, args, torch.float8_e4m3fn)
+            row["vllm_turboquant_3bit_us"] = bench_vllm_turboquant(batch, context, args)
         torch.cuda.empty_cache()
         rows.append(row)
         others = " ".join(
             f"{row[name]:9.1f}" if row.get(name) else f"{'-':>9}"
-            for name in ("fa3_bf16_us", "fa3_fp8_us")
+            for name in ("fa3_bf16_us", "fa3_fp8_us", "vllm_turboquant_3bit_us")
         )
         print(
             f"{batch:>8} x {context:<6} {ours:9.1f} {row['bytes_per_s'] / 1e12:6.2f} "
