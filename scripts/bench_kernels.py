@@ -225,8 +225,8 @@ def main() -> None:
     print(f"{gpu}, torch {torch.__version__}, {copied}")
     print(f"{args.heads}/{args.kv_heads} heads, head_dim {args.head_dim}, block {args.block_size}")
     print(
-        f"{'batch x context':>16} {'us':>9} {'TB/s':>6} {'floor':>6} {'FA3 bf16':>9} {'FA3 fp8':>9} "
-        f"{'3bit_nc':>9}"
+        f"{'batch x context':>16} {'us':>9} {'TB/s':>6} {'floor':>6} {'FA3 bf16':>9} "
+        f"{'FA3 fp8':>9} {'3bit_nc':>9}"
     )
     rows = []
     given = [tuple(map(int, row.split("x"))) for row in args.row or ()]

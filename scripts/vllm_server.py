@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,12 @@ def is_port_used(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def vllm_command() -> str:
+    """The `vllm` of this Python environment, or else the one on PATH."""
+    beside_python = Path(sys.executable).with_name("vllm")
+    return str(beside_python) if beside_python.exists() else shutil.which("vllm") or "vllm"
+
+
 class Server:
     """One `vllm serve` child process of this Python environment.
 
@@ -95,7 +102,7 @@ class Server:
         self.url = f"http://localhost:{self.port}"
         self.log = log
         self.command = [
-            str(Path(sys.executable).with_name("vllm")),
+            vllm_command(),
             "serve",
             str(model),
             f"--served-model-name={self.name}",

@@ -1,0 +1,432 @@
+#!/usr/bin/env python3
+"""Time whole engines that differ in --kv-cache-dtype alone, with equal KV-cache memory.
+
+    bench_engine.py models/qwen2.5-coder-1.5b-instruct --json engine.json [arguments of vllm serve]
+
+One `vllm serve` after the other on the same device, each measured by the client of
+`vllm bench serve`. The record is written after every workload, so that a run that is cut keeps what
+it has; --resume measures the rest. Prefix caching is off, because the client warms up with a prompt
+that it measures afterwards, and because its prompts for one seed begin alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import gc
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from run_lm_eval import served_model
+from vllm_server import Server, ServerError
+
+from vllm_turboquant import CACHE_DTYPE, __version__
+
+BASELINE = "auto"
+DTYPES = (BASELINE, "fp8", "turboquant_3bit_nc", "int4_per_token_head", CACHE_DTYPE)
+METRICS = {  # key of the record: key of the client's result
+    "tokens_per_s": "output_throughput",
+    "ttft_ms": "median_ttft_ms",
+    "ttft_p99_ms": "p99_ttft_ms",
+    "itl_ms": "median_itl_ms",
+    "itl_p99_ms": "p99_itl_ms",
+    "duration_s": "duration",
+}
+MAX_WARMUPS = 64
+START_TIMEOUT_S = 300.0
+WORKLOAD_TIMEOUT_S = 300.0
+LOG_LINES = 500  # in which the last error is looked for
+ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one shape.
+
+    Attributes:
+        name: What its rows are called.
+        input_tokens: Length of each prompt.
+        output_tokens: New tokens of each request, whatever the model says.
+        concurrency: Requests at a time; None for as many as the cache holds.
+        prompts: Requests in all.
+    """
+
+    name: str
+    input_tokens: int
+    output_tokens: int
+    concurrency: int | None
+    prompts: int
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """Read ``NAME=input,output,concurrency,prompts``, or the name of a default one.
+
+        Raises:
+            argparse.ArgumentTypeError: It is neither; the message says what is accepted.
+        """
+        if text in WORKLOADS:
+            return WORKLOADS[text]
+        match = re.fullmatch(r"([^=]+)=([1-9]\d*),([1-9]\d*),(fit|[1-9]\d*),([1-9]\d*)", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no workload; give NAME=input,output,concurrency,prompts (positive "
+                f"numbers, or fit for the concurrency) or one of {', '.join(WORKLOADS)}"
+            )
+        concurrency = None if match[4] == "fit" else int(match[4])
+        return cls(match[1], int(match[2]), int(match[3]), concurrency, int(match[5]))
+
+    @property
+    def request_tokens(self) -> int:
+        """Slots that one request needs at its end."""
+        return self.input_tokens + self.output_tokens
+
+    def clients(self, fit: int) -> int:
+        """Requests at a time against an engine whose cache holds ``fit`` of them."""
+        return min(self.concurrency or max(1, fit), self.prompts)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("chat", 128, 128, 64, 256),
+        Workload("4k-x16", 4096, 128, 16, 48),
+        Workload("16k-x1", 16384, 64, 1, 3),
+        Workload("16k-x8", 16384, 64, 8, 16),
+        Workload("fit", 2048, 256, None, 400),
+        Workload("ttft-512", 512, 1, 1, 15),
+        Workload("ttft-2k", 2048, 1, 1, 15),
+        Workload("ttft-8k", 8192, 1, 1, 9),
+        Workload("ttft-16k", 16384, 1, 1, 7),
+    )
+}
+QUICK = ("chat", "16k-x1", "ttft-2k", "ttft-16k")
+
+
+class Record:
+    """The JSON file: the setup, an entry per engine, a row per engine and workload.
+
+    Args:
+        path: File to write.
+        setup: What rows must have in common to be compared.
+        resume: Whether to keep the rows that ``path`` has.
+
+    Raises:
+        SystemExit: ``path`` exists and is not to be resumed, or has another setup.
+    """
+
+    def __init__(self, path: Path, setup: dict[str, Any], resume: bool) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"setup": setup, "engines": {}, "rows": []}
+        if path.exists():
+            if not resume:
+                sys.exit(f"{path} exists; continue it with --resume, or name another file")
+            self.data = json.loads(path.read_text())
+            then = self.data["setup"]
+            changes = [
+                f"{key} was {then.get(key)!r} and is {setup.get(key)!r}"
+                for key in sorted(setup.keys() | then.keys())
+                if setup.get(key) != then.get(key)
+            ]
+            if changes:
+                sys.exit(f"{path} has another setup ({'; '.join(changes)}); name another file")
+        self.data |= {"date": date.today().isoformat(), "command": shlex.join(sys.argv)}
+
+    def missing(self, dtype: str, workloads: Sequence[Workload]) -> list[Workload]:
+        """Workloads of which there is no row of exactly this shape, or one that failed."""
+        done = [row for row in self.data["rows"] if "error" not in row]
+        keys = {w: {"kv_cache_dtype": dtype, **asdict(w)}.items() for w in workloads}
+        return [w for w in workloads if not any(keys[w] <= row.items() for row in done)]
+
+    def put_engine(self, dtype: str, facts: dict[str, Any]) -> None:
+        """Say what became of an engine, and write the file."""
+        self.data["engines"][dtype] = facts
+        self._write()
+
+    def put_row(self, dtype: str, workload: Workload, figures: dict[str, Any]) -> None:
+        """Add a row, in the place of one of the same name, and write the file."""
+        names = (dtype, workload.name)
+        rows = [row for row in self.data["rows"] if (row["kv_cache_dtype"], row["name"]) != names]
+        self.data["rows"] = [*rows, {"kv_cache_dtype": dtype, **asdict(workload), **figures}]
+        self._write()
+
+    def _write(self) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.replace(self.path)  # never half a record
+
+
+@functools.cache
+def client_parser() -> argparse.ArgumentParser:
+    """Parser of `vllm bench serve`."""
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    return parser
+
+
+def import_client() -> None:
+    """Import vLLM, which takes many seconds, before ``run_client`` does."""
+    client_parser()
+
+
+def client_arguments(server: Server, workload: Workload, clients: int) -> list[str]:
+    """Arguments of `vllm bench serve` for one workload."""
+    return [
+        "--backend=openai",
+        f"--base-url=http://127.0.0.1:{server.port}",
+        f"--model={server.name}",
+        f"--tokenizer={server.model}",
+        "--dataset-name=random",
+        f"--random-input-len={workload.input_tokens}",
+        f"--random-output-len={workload.output_tokens}",
+        f"--num-prompts={workload.prompts}",
+        f"--max-concurrency={clients}",
+        f"--num-warmups={min(max(clients, 2), MAX_WARMUPS)}",
+        "--ignore-eos",
+        "--temperature=0",
+        "--disable-tqdm",
+        "--save-detailed",  # keeps the errors of single requests in the result
+    ]
+
+
+def run_client(arguments: list[str], log: Path, timeout_s: float) -> dict[str, Any]:
+    """Run `vllm bench serve` in this process; as a command it would start for longer than it runs.
+
+    Args:
+        arguments: Its arguments.
+        log: File to which its output is appended.
+        timeout_s: How long it may take.
+
+    Returns:
+        The figures of ``METRICS``, or why there are none, as ``error``.
+    """
+    from vllm.benchmarks.serve import main_async
+
+    options = client_parser().parse_args(arguments)
+    try:
+        with log.open("a") as output, contextlib.redirect_stdout(output):
+            result = asyncio.run(asyncio.wait_for(main_async(options), timeout_s))
+    except asyncio.TimeoutError:
+        return {"error": f"not finished after {timeout_s:.0f} s"}
+    except Exception as error:  # whatever the client raises is the outcome of this workload alone
+        return {"error": last_error(f"{type(error).__name__}: {error}")}
+    finally:
+        gc.unfreeze()  # the client froze all there was, which would be reported as leaks at exit
+    if result["failed"]:
+        reason = last_error("\n".join(result["errors"]))
+        return {"error": f"{result['failed']} requests failed: {reason}"}
+    figures = {key: round(float(result[name]), 3) for key, name in METRICS.items()}
+    if options.random_output_len == 1:  # one token has no successor to wait for
+        figures |= dict.fromkeys(("itl_ms", "itl_p99_ms"))
+    return figures
+
+
+def last_error(text: str) -> str:
+    """The last line that names an error, without vLLM's prefixes; where there is none, the last.
+
+    vLLM's own last words only point to a "root cause above", which is what this looks for.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    matches = filter(None, map(ERROR_LINE.search, lines))
+    errors = [match[0] for match in matches if "root cause above" not in match[0]]
+    return (errors or lines or ["no output"])[-1]
+
+
+def run_engine(
+    server: Server, dtype: str, workloads: Sequence[Workload], record: Record, client: Executor
+) -> None:
+    """Start one engine, measure ``workloads`` and put them on record, with what went wrong."""
+    begin = time.monotonic()
+    engine: dict[str, Any] = {}
+    try:
+        with server:
+            client.submit(import_client)  # while the engine starts
+            server.wait_until_ready(START_TIMEOUT_S)
+            capacity = server.capacity()
+            engine["capacity_tokens"] = capacity.num_tokens
+            engine["memory_bytes"] = capacity.memory_bytes
+            engine["start_s"] = round(time.monotonic() - begin, 1)
+            record.put_engine(dtype, engine)
+            say(f"{dtype}: {json.dumps(engine)}")
+            _, max_tokens = served_model(server.url)
+            for workload in workloads:
+                fit = capacity.num_tokens // workload.request_tokens
+                clients = workload.clients(fit)
+                if workload.request_tokens > max_tokens:
+                    figures = {"error": f"the model takes at most {max_tokens} tokens a request"}
+                else:
+                    arguments = client_arguments(server, workload, clients)
+                    log = record.path.with_suffix(".client.log")
+                    figures = client.submit(run_client, arguments, log, WORKLOAD_TIMEOUT_S).result()
+                row = {"clients": clients, "requests_that_fit": fit, **figures}
+                record.put_row(dtype, workload, row)
+                say(f"{dtype}: {workload.name}: {json.dumps(figures)}")
+                if server.process.poll() is not None:
+                    raise ServerError("vllm serve ended while it was measured")
+    except ServerError as error:
+        reason = str(error).split(";")[0]
+        if log_text := server.log_tail(LOG_LINES):
+            reason += f": {last_error(log_text)}"
+        record.put_engine(dtype, {**engine, "error": reason})
+        say(f"{dtype}: {reason}")
+
+
+def device() -> dict[str, Any]:
+    """Name and driver of the GPU that an engine takes here, or that there is only a CPU."""
+    cores = {"cpu_cores": os.cpu_count()}
+    if shutil.which("nvidia-smi") is None:
+        return {"device": f"CPU, {platform.machine()}", "driver": None, **cores}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", f"--id={first}", "--format=csv,noheader"]
+    query += ["--query-gpu=name,driver_version"]
+    line = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+    name, driver = line.strip().split(", ")
+    return {"device": name, "driver": driver, **cores}
+
+
+def cell(row: dict[str, Any], baseline: dict[str, Any], key: str, digits: int = 0) -> str:
+    """A figure of a row, and how many times the baseline's it is."""
+    value = row.get(key)
+    if value is None:
+        return "failed" if "error" in row else "-"
+    times = f" ({value / baseline[key]:.2f}x)" if baseline.get(key) else ""
+    return f"{value:,.{digits}f}{times}"
+
+
+def capacity_table(engines: dict[str, Any]) -> Table:
+    """What fits, and how many times what fits with ``auto``."""
+    table = Table("--kv-cache-dtype")
+    for column in ("tokens that fit", "start, s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    baseline = engines.get(BASELINE, {})
+    for dtype, engine in engines.items():
+        tokens = cell(engine, baseline, "capacity_tokens")
+        table.add_row(dtype, tokens, cell(engine, {}, "start_s"))
+    return table
+
+
+def speed_table(rows: list[dict[str, Any]]) -> Table:
+    """What was measured, and how many times the figure of ``auto`` that is."""
+    table = Table("workload", "requests", "--kv-cache-dtype")
+    for column in ("tokens/s", "TTFT, ms", "ITL, ms", "ITL p99, ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        group = {row["kv_cache_dtype"]: row for row in rows if row["name"] == name}
+        baseline = group.get(BASELINE, {})
+        for dtype, row in group.items():
+            clients, fit = row["clients"], row["requests_that_fit"]
+            table.add_row(
+                f"{name}: {row['input_tokens']}/{row['output_tokens']}",
+                str(clients) if fit >= clients else f"{clients}, {fit} fit",
+                dtype,
+                cell(row, baseline, "tokens_per_s"),
+                cell(row, baseline, "ttft_ms", 1),
+                cell(row, baseline, "itl_ms", 2),
+                cell(row, baseline, "itl_p99_ms", 2),
+            )
+        table.add_section()
+    return table
+
+
+def has_plugin() -> bool:
+    """Whether vLLM finds this package's entry point."""
+    return bool(importlib.metadata.entry_points(group="vllm.general_plugins", name="turboquant"))
+
+
+def say(message: str) -> None:
+    """Print one line of progress."""
+    print(f"[bench] {message}", flush=True)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it goes to `vllm serve`."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        epilog="Any other argument goes to vllm serve.",
+    )
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("--json", type=Path, required=True, help="the record; logs go beside it")
+    parser.add_argument("--resume", action="store_true", help="measure what the record lacks")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=DTYPES, metavar="DTYPE", help=f"default: {' '.join(DTYPES)}"
+    )
+    parser.add_argument(
+        "--workload",
+        type=Workload.parse,
+        action="append",
+        metavar="NAME=input,output,concurrency,prompts",
+        help="tokens and requests, with fit for as many requests at a time as the cache holds; or "
+        f"a name alone. Default: {', '.join(WORKLOADS)}",
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, default=4 << 30, help="default: %(default)s"
+    )
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Measure every engine and print the tables."""
+    options, passed_on = parse_arguments()
+    workloads = options.workload or [WORKLOADS[n] for n in (QUICK if options.quick else WORKLOADS)]
+    if CACHE_DTYPE in options.dtypes and not has_plugin():
+        sys.exit(
+            f"--dtypes has {CACHE_DTYPE}, but vLLM finds no such plugin here; install this package "
+            "(pip install --no-build-isolation --no-deps .) or leave it out of --dtypes"
+        )
+    arguments = [
+        f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}",
+        "--no-enable-prefix-caching",
+        *passed_on,
+    ]
+    setup = {
+        **device(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "vllm")},
+        "vllm-turboquant": __version__,
+        "model": options.model.name,
+        "arguments": arguments,
+    }
+    record = Record(options.json, setup, options.resume)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["no_proxy"] = "127.0.0.1,localhost"  # the client would ask a proxy for localhost
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the engine, as Ctrl-C does
+    # The client gets a process, because importing vLLM changes environment variables, and engines
+    # started afterwards would inherit them.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as client:
+        for dtype in options.dtypes:
+            if missing := record.missing(dtype, workloads):
+                log = options.json.with_suffix(f".{dtype}.log")
+                server = Server(options.model.absolute(), dtype, arguments, log=log)
+                run_engine(server, dtype, missing, record, client)
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console.print("{model}, vLLM {vllm}, torch {torch}, {device}".format(**setup))
+    console.print(capacity_table(record.data["engines"]))
+    console.print(speed_table(record.data["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What scripts/bench_engine.py does around the engines: workloads, record, failures, tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bench_engine
+import pytest
+from bench_engine import Record, Workload, last_error, run_engine
+from rich.console import Console
+from vllm_server import Capacity, ServerError
+
+SETUP = {"device": "A GPU", "vllm": "0.32.0"}
+SHORT = Workload("short", 32, 8, 4, 8)
+LONG = Workload("long", 64, 1, 1, 5)
+FIGURES = {"tokens_per_s": 100.0, "ttft_ms": 10.0, "itl_ms": 2.0, "itl_p99_ms": 3.0}
+
+# The ends of real logs, shortened.
+REFUSED_ARGUMENT = """usage: vllm serve [model_tag] [options]
+vllm serve: error: argument --kv-cache-dtype: invalid choice: 'fp9' (choose from 'auto', 'fp8')
+"""
+FAILED_CORE = """(EngineCore pid=8948) ERROR 11-24 20:30:28 [core.py:1510]     raise ValueError(
+(EngineCore pid=8948) ERROR 11-24 20:30:28 [core.py:1510] ValueError: No available memory.
+(APIServer pid=8855)     raise RuntimeError(
+(APIServer pid=8855) RuntimeError: Engine core initialization failed. See root cause above. {}
+resource_tracker.py:254: UserWarning: There appear to be 1 leaked shared_memory objects
+  warnings.warn('resource_tracker: There appear to be %d '
+"""
+
+
+class FakeServer:
+    """A server that gets ready, or says why not, without an engine."""
+
+    url, port, name, model = "http://localhost:1", 1, "m", Path("m")
+
+    def __init__(self, log: str = "", failure: str = "", exit_code: int | None = None) -> None:
+        self.log, self.failure = log, failure
+        self.process = SimpleNamespace(poll=lambda: exit_code)
+        self.stopped = False
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped = True
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        if self.failure:
+            raise ServerError(self.failure)
+
+    def capacity(self) -> Capacity:
+        return Capacity("auto", 400, 1 << 20)
+
+    def log_tail(self, lines: int) -> str:
+        return self.log
+
+
+class FakeClient:
+    """Answers ``submit(run_client, ...)`` with the next of ``results``."""
+
+    def __init__(self, *results: dict[str, Any]) -> None:
+        self.results, self.asked = list(results), []
+
+    def submit(self, function: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if function is bench_engine.run_client:
+            self.asked.append(arguments[0])
+            future.set_result(self.results.pop(0))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def model_of_100_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_engine, "served_model", lambda url: ("m", 100))
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(tmp_path / "engine.json", SETUP, resume=False)
+
+
+def on_disk(record: Record) -> dict[str, Any]:
+    return json.loads(record.path.read_text())
+
+
+def test_workloads_are_read() -> None:
+    assert Workload.parse("mine=4096,128,16,48") == Workload("mine", 4096, 128, 16, 48)
+    assert Workload.parse("mine=4096,128,fit,48").concurrency is None
+    assert Workload.parse("chat") == bench_engine.WORKLOADS["chat"]
+
+
+@pytest.mark.parametrize("text", ["chatter", "=1,1,1,1", "a=1,1,1", "a=1,1,1,0", "a=fit,1,1,1"])
+def test_other_workloads_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is no workload; give NAME=.*chat, 4k"):
+        Workload.parse(text)
+
+
+@pytest.mark.parametrize(("fit", "clients"), [(0, 1), (5, 5), (9, 8)])
+def test_fit_takes_as_many_requests_as_fit_and_there_are(fit: int, clients: int) -> None:
+    assert Workload("fit", 32, 8, None, 8).clients(fit) == clients
+    assert SHORT.clients(fit) == 4
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (REFUSED_ARGUMENT, "error: argument --kv-cache-dtype: invalid choice: 'fp9' (choose from "
+        "'auto', 'fp8')"),
+        (FAILED_CORE, "ValueError: No available memory."),
+        ("INFO started\nKilled\n", "Killed"),
+        ("", "no output"),
+    ],
+    ids=["argument", "engine core", "no error", "empty"],
+)  # fmt: skip
+def test_the_last_error_of_a_log(log: str, error: str) -> None:
+    assert last_error(log) == error
+
+
+def test_an_engine_is_measured_and_the_record_written_after_every_workload(record: Record) -> None:
+    client = FakeClient(FIGURES)
+    with pytest.raises(IndexError):  # cut off before the second result
+        run_engine(FakeServer(), "auto", [SHORT, LONG], record, client)
+    written = on_disk(record)
+    assert written["setup"] == SETUP
+    assert written["engines"]["auto"]["capacity_tokens"] == 400
+    assert [row["name"] for row in written["rows"]] == ["short"]
+    assert written["rows"][0].items() >= {"clients": 4, "requests_that_fit": 10, **FIGURES}.items()
+    assert "--random-input-len=32" in client.asked[0]
+    assert "--max-concurrency=4" in client.asked[0]
+
+
+def test_an_engine_that_does_not_start_is_recorded_with_the_reason(record: Record) -> None:
+    failure = "vllm serve ended with exit code 1 before it was ready; end of auto.log:\n..."
+    server = FakeServer(FAILED_CORE, failure)
+    run_engine(server, "fp8", [SHORT], record, FakeClient())
+    assert server.stopped
+    assert on_disk(record)["engines"]["fp8"]["error"] == (
+        "vllm serve ended with exit code 1 before it was ready: ValueError: No available memory."
+    )
+
+
+def test_a_failed_workload_is_recorded_and_the_next_one_measured(record: Record) -> None:
+    too_long = Workload("too long", 100, 1, 1, 1)
+    client = FakeClient({"error": "3 requests failed"}, FIGURES)
+    run_engine(FakeServer(), "auto", [SHORT, too_long, LONG], record, client)
+    errors = {row["name"]: row.get("error") for row in on_disk(record)["rows"]}
+    assert errors == {
+        "short": "3 requests failed",
+        "too long": "the model takes at most 100 tokens a request",
+        "long": None,
+    }
+
+
+def test_an_engine_that_ends_is_measured_no_further(record: Record) -> None:
+    server = FakeServer(FAILED_CORE, exit_code=1)
+    run_engine(server, "auto", [SHORT, LONG], record, FakeClient({"error": "gone"}))
+    written = on_disk(record)
+    assert written["engines"]["auto"]["capacity_tokens"] == 400
+    assert written["engines"]["auto"]["error"].startswith(
+        "vllm serve ended while it was measured: ValueError"
+    )
+    assert [row["name"] for row in written["rows"]] == ["short"]
+
+
+def test_resuming_measures_what_is_missing_failed_or_of_another_shape(record: Record) -> None:
+    record.put_row("auto", SHORT, FIGURES)
+    record.put_row("auto", LONG, {"error": "gone"})
+    again = Record(record.path, dict(SETUP), resume=True)
+    assert again.missing("auto", [SHORT, LONG]) == [LONG]
+    assert again.missing("fp8", [SHORT]) == [SHORT]
+    more = Workload("short", 32, 8, 4, 80)
+    assert again.missing("auto", [more]) == [more]
+    again.put_row("auto", more, FIGURES)  # takes the place of the row of that name
+    assert [row["prompts"] for row in on_disk(again)["rows"] if row["name"] == "short"] == [80]
+
+
+def test_a_record_is_not_overwritten(record: Record) -> None:
+    record.put_row("auto", SHORT, FIGURES)
+    with pytest.raises(SystemExit, match="exists; continue it with --resume, or name another file"):
+        Record(record.path, SETUP, resume=False)
+
+
+def test_a_record_of_another_setup_is_not_resumed(record: Record) -> None:
+    record.put_row("auto", SHORT, FIGURES)
+    with pytest.raises(SystemExit, match=r"\(device was 'A GPU' and is 'Another'\); name another"):
+        Record(record.path, {**SETUP, "device": "Another"}, resume=True)
+
+
+def test_tables_compare_with_auto(record: Record) -> None:
+    for dtype, factor in {"auto": 1, "turboquant3": 2}.items():
+        record.put_engine(dtype, {"capacity_tokens": 400 * factor, "start_s": 60.0})
+        figures = {key: factor * value for key, value in FIGURES.items()}
+        record.put_row(dtype, SHORT, {"clients": 4, "requests_that_fit": 3, **figures})
+    record.put_engine("fp8", {"error": "no"})
+    console = Console(width=130, record=True)
+    console.print(bench_engine.capacity_table(record.data["engines"]))
+    console.print(bench_engine.speed_table(record.data["rows"]))
+    lines = console.export_text().splitlines()
+    engines = [line for line in lines if "turboquant3" in line or "fp8" in line]
+    assert "800 (2.00x)" in engines[0] and "failed" in engines[1]
+    assert "short: 32/8" in engines[2] and "4, 3 fit" in engines[2]
+    for figure in ("200 (2.00x)", "20.0 (2.00x)", "4.00 (2.00x)", "6.00 (2.00x)"):
+        assert figure in engines[2]
+
+
+def test_a_missing_plugin_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_engine, "has_plugin", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "m", "--json", str(tmp_path / "e.json")])
+    with pytest.raises(SystemExit, match="vLLM finds no such plugin here; install this package"):
+        bench_engine.main()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_client_understands_its_arguments_and_says_what_failed(tmp_path: Path) -> None:
+    """vLLM's own parser and client, against a port where nothing listens."""
+    pytest.importorskip("vllm")
+    model = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
+    if not model.exists():
+        pytest.fail(f"{model} is missing; `make test` fetches it", pytrace=False)
+    server = SimpleNamespace(port=1, name="m", model=model)
+    arguments = bench_engine.client_arguments(server, LONG, 1)
+    options = bench_engine.client_parser().parse_args(arguments)
+    assert (options.random_input_len, options.random_output_len, options.num_prompts) == (64, 1, 5)
+    result = bench_engine.run_client(arguments, tmp_path / "client.log", 60.0)
+    assert result["error"].startswith("5 requests failed: ")
+    assert "Connect" in result["error"]
+    assert "Namespace" in (tmp_path / "client.log").read_text()

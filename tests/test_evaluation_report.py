@@ -1,0 +1,311 @@
+"""Resuming, child processes, tables and plots of the evaluation, from canned results."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_turboquant.evaluation import runner
+from vllm_turboquant.evaluation.plan import (
+    Engine,
+    Needle,
+    NeedleAnswer,
+    Plan,
+    Result,
+    Text,
+    WindowScore,
+    fingerprint,
+    hidden_path,
+)
+from vllm_turboquant.evaluation.report import (
+    common_prefix,
+    footnotes,
+    make_table,
+    summarize,
+    write_json,
+)
+from vllm_turboquant.evaluation.rows import Row, parse_row
+from vllm_turboquant.evaluation.run_row import one_line
+from vllm_turboquant.evaluation.runner import Evaluation
+
+DTYPES = ("auto", "fp8", "turboquant_3bit_nc")
+PLAN = Plan(
+    model="nowhere",
+    device="CPU",
+    cache_bytes=2**30,
+    step_tokens=64,
+    texts=[Text(name="prose", windows=[[1, 2, 3, 4, 5]] * 2)],
+    needles=[Needle(length=64, depth=d, number="123", prompt=[1, 2]) for d in (0, 0, 100)],
+    questions=[[1], [2]],
+)
+
+
+def result(
+    name: str,
+    kl: float = 0.0,
+    found: tuple[bool, bool, bool] = (True, True, True),
+    answers: tuple[list[int], list[int]] = ([7, 8, 9, 10], [5, 6]),
+    capacity: int = 1000,
+    coded_layers: int = 30,
+    backend: str = "CPU_ATTN",
+) -> Result:
+    """A complete result whose perplexity is exp(2 + kl)."""
+    row = parse_row(name, DTYPES)
+    windows = [
+        WindowScore(
+            sizes=[2, 2],
+            nll=[2 + kl, 2 + kl],
+            reference_nll=[2.0, 2.0],
+            kl=[kl / 2, kl * 3 / 2],
+            agreement=[1.0, 1 - kl],
+        )
+    ] * 2
+    return Result(
+        row=row,
+        fingerprint=fingerprint(PLAN, row),
+        status="complete",
+        engine=Engine(
+            backends=[backend],
+            num_layers=30,
+            num_coded_layers=coded_layers,
+            capacity_tokens=capacity,
+            start_s=1.0,
+        ),
+        scores={"prose": windows},
+        needles=[NeedleAnswer(text="", found=f) for f in found],
+        answers=list(answers),
+    )
+
+
+def unavailable(name: str) -> Result:
+    row = parse_row(name, DTYPES)
+    return Result(
+        row=row, fingerprint="", status="not available", reason="ValueError: no such cache"
+    )
+
+
+def evaluation(folder: Path, plan: Plan = PLAN) -> Evaluation:
+    return Evaluation(plan, folder)
+
+
+def keep(folder: Path, kept: Result) -> None:
+    (folder / f"{kept.row.stem}.json").write_text(kept.model_dump_json())
+
+
+def test_a_complete_row_is_kept(tmp_path: Path) -> None:
+    keep(tmp_path, result("fp8", kl=0.25))
+    assert evaluation(tmp_path).kept(parse_row("fp8", DTYPES)) == result("fp8", kl=0.25)
+
+
+def test_rows_that_are_not_there_broken_or_incomplete_run(tmp_path: Path) -> None:
+    fp8 = parse_row("fp8", DTYPES)
+    assert evaluation(tmp_path).kept(fp8) is None
+    keep(tmp_path, unavailable("fp8"))
+    assert evaluation(tmp_path).kept(fp8) is None
+    (tmp_path / "fp8.json").write_text("{")
+    assert evaluation(tmp_path).kept(fp8) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cache_bytes": 2**20}, {"one_token_steps": True}, {"questions": [[1], [3]]}],
+    ids=str,
+)
+def test_rows_made_with_other_settings_run_again(tmp_path: Path, change: dict[str, object]) -> None:
+    keep(tmp_path, result("fp8"))
+    changed = PLAN.model_copy(update=change)
+    assert evaluation(tmp_path, changed).kept(parse_row("fp8", DTYPES)) is None
+
+
+def test_another_model_in_the_same_folder_makes_rows_run_again(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    plan, row = PLAN.model_copy(update={"model": str(model)}), parse_row("fp8", DTYPES)
+    digests = [fingerprint(plan, row)]
+    (model / "config.json").write_text('{"a": 1}')
+    digests.append(fingerprint(plan, row))
+    (model / "config.json").write_text('{"a": 2}')
+    digests.append(fingerprint(plan, row))
+    assert len(set(digests)) == 3
+
+
+def test_the_reference_runs_again_without_its_hidden_states(tmp_path: Path) -> None:
+    auto = parse_row("auto", DTYPES)
+    keep(tmp_path, result("auto"))
+    assert evaluation(tmp_path).kept(auto) is None
+    for window in range(2):
+        hidden_path(tmp_path, "prose", window).touch()
+    assert evaluation(tmp_path).kept(auto) is not None
+
+
+def run_child(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, list[str]]:
+    """Run a row whose process executes ``code``, with OUT as its first argument."""
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' $5\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(script))
+    seen: list[str] = []
+    row = parse_row("fp8", DTYPES)
+    ended = evaluation(folder).run(row, seen.append, lambda n: seen.append(str(n)))
+    return ended, seen
+
+
+def test_a_row_whose_process_dies_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path, result("fp8"))  # of an earlier run, and not to be taken for this one's
+    code = 'import os; print("{\\"phase\\": \\"a\\"}", flush=True); os.kill(os.getpid(), 9)'
+    ended, seen = run_child(tmp_path, code, monkeypatch)
+    assert ended.status == "failed"
+    assert "exit code -9; see" in ended.reason and str(tmp_path / "fp8.log") in ended.reason
+    assert seen == ["a", "0"]
+
+
+def test_a_result_is_read_and_the_reason_found_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vague = unavailable("fp8").model_copy(
+        update={"reason": "RuntimeError: Engine core initialization failed. See root cause above."}
+    )
+    (tmp_path / "canned.json").write_text(vague.model_dump_json())
+    code = (
+        "import sys, shutil, time;"
+        'print("(Worker) ValueError: page size 7 is odd", file=sys.stderr);'
+        'print("RuntimeError: failed, see root cause", file=sys.stderr);'
+        'shutil.copy(sys.argv[1] + "/canned.json", sys.argv[1] + "/fp8.json");'
+        'print("{\\"tokens\\": 5}", flush=True); print("{\\"phase\\": \\"ended\\"}")'
+    )
+    ended, seen = run_child(tmp_path, code, monkeypatch)
+    assert ended.status == "not available"
+    assert ended.reason == "ValueError: page size 7 is odd"
+    assert seen == ["5"]
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    {
+        "": "ValueError",
+        "\nNo room.\nAt all": "ValueError: No room",
+        "1 validation error for X\n  Value error, bad dtype [type=value_error, in=3]\n  For more":
+            "ValueError: bad dtype",
+    }.items(),
+)  # fmt: skip
+def test_errors_are_told_in_one_line(message: str, line: str) -> None:
+    assert one_line(ValueError(message)) == line
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "length"),
+    [([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 9, 3], 1), ([1, 2], [1, 2, 3], 2), ([1], [], 0)],
+)
+def test_common_prefix(want: list[int], got: list[int], length: int) -> None:
+    assert common_prefix(want, got) == length
+
+
+def test_summary() -> None:
+    other = result(
+        "fp8", 0.5, (True, False, False), ([7, 8, 0, 10], [5, 6]), capacity=1900, coded_layers=30
+    )
+    auto, fp8 = summarize(PLAN, [result("auto"), other])
+    text = fp8.texts["prose"]
+    assert text.perplexity.mean == pytest.approx(math.exp(2.5))
+    assert text.change.mean == pytest.approx(math.exp(0.5) - 1)
+    assert text.change.error == pytest.approx(0)  # equal on every token
+    assert text.kl.mean == pytest.approx(0.5)
+    assert text.kl.error == pytest.approx(0.5 / math.sqrt(12))  # of .25, .75, .25, .75
+    assert text.agreement.mean == pytest.approx(0.75)
+    assert text.kl_curve == pytest.approx([0.25, 0.75])
+    assert fp8.capacity_ratio == pytest.approx(1.9)
+    assert [(c.depth, c.found, c.total) for c in fp8.recall] == [(0, 1, 2), (100, 0, 1)]
+    assert (fp8.answers_equal, fp8.num_answers) == (1, 2)
+    assert fp8.answers_agree == pytest.approx((0.5 + 1) / 2)
+    assert fp8.notes == []
+    assert auto.capacity_ratio == 1
+    assert auto.answers_agree == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (result("naive_int8", 0.1), "simulated: keys and values went through this code"),
+        (result("turboquant3:exact_prefill=true", 0.1), "exact_prefill: .* flatters the cache"),
+        (result("turboquant_3bit_nc", 0.1), "computed one token a step"),
+        (result("fp8", 0.1, coded_layers=26), "only 26 of 30 layers have this cache"),
+        (result("fp8", 0.1, backend="FLEX"), "FLEX may attend to raw keys and values in prefill"),
+        (unavailable("fp8"), "fp8 is not available: ValueError: no such cache"),
+    ],
+)
+def test_notes(row: Result, note: str) -> None:
+    summaries = summarize(PLAN, [result("auto"), row])
+    assert summaries[0].notes == []
+    (line,) = footnotes(summaries)[1:]
+    assert line.startswith("[1] ")
+    assert re.search(note, line)
+
+
+def printed(results: list[Result], *, with_errors: bool, width: int) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(make_table(summarize(PLAN, results), with_errors=with_errors))
+    return console.export_text()
+
+
+ROWS = [
+    result("auto"),
+    result("fp8", 0.5, capacity=1900),
+    unavailable("turboquant_3bit_nc"),
+    result("naive_int8", 0.01),
+]
+
+
+def test_the_table_names_every_row_and_drops_no_digit() -> None:
+    text = printed(ROWS, with_errors=True, width=120)
+    assert "…" not in text
+    for cell in ("1.90x", "+64.9% ±0.0%", "0.5000 ±0.1443", "75.0%", "simulated", "3/3", "2/2"):
+        assert cell in text, cell
+    assert "turboquant_3bit_nc [1]" in text
+    assert "not available" in text
+    assert "naive_int8 [2]" in text
+
+
+def test_without_errors_the_table_fits_80_columns() -> None:
+    text = printed(ROWS, with_errors=False, width=80)
+    assert "…" not in text and "±" not in text
+    assert "0.5000" in text
+
+
+def test_json_holds_every_row_and_is_strict(tmp_path: Path) -> None:
+    single = result("fp8").model_copy(
+        update={"answers": [], "scores": {"prose": [
+            WindowScore(sizes=[4], nll=[1], reference_nll=[1], kl=[0], agreement=[1])
+        ]}}
+    )  # fmt: skip
+    write_json(tmp_path / "report.json", PLAN, summarize(PLAN, [result("auto"), single, ROWS[2]]))
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert [row["status"] for row in data["rows"]] == ["complete", "complete", "not available"]
+    assert data["rows"][1]["texts"]["prose"]["kl"] == {"mean": 0.0, "error": None}
+    assert data["rows"][1]["answers_agree"] is None
+    assert data["plan"]["windows"] == {"prose": 2}
+
+
+def test_plots_of_complete_unavailable_and_equal_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from vllm_turboquant.evaluation.plots import plot_needles, plot_quality
+
+    for name, rows in {"all": ROWS, "equal": [result("auto"), result("fp8")]}.items():
+        summaries = summarize(PLAN, rows)
+        plot_quality(tmp_path / f"{name}-quality.png", summaries)
+        plot_needles(tmp_path / f"{name}-needle.png", summaries)
+        for file in tmp_path.glob(f"{name}-*.png"):
+            assert file.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_a_row_travels_to_its_process_unchanged() -> None:
+    row = parse_row("turboquant3:exact_prefill=true", DTYPES)
+    assert Row.model_validate_json(row.model_dump_json()) == row
