@@ -147,8 +147,7 @@ DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
   }
   // Fewest splits that keep the device nearly as busy as any number does; a split has 128 tokens or
   // more.
-  const int64_t most =
-      std::min(most_splits(items, slots), std::max<int64_t>(1, max_tokens / 128));
+  const int64_t most = std::min(most_splits(items, slots), std::max<int64_t>(1, max_tokens / 128));
   const auto busy = [&](int64_t splits) {
     const int64_t ctas = items * splits, waves = (ctas + slots - 1) / slots;
     return static_cast<double>(ctas) / static_cast<double>(waves * slots);

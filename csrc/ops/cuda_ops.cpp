@@ -76,8 +76,8 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_device("lse", lse, kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) return;
   const DeviceScope scope(kv_cache);
-  const cuda::DecodePlan plan = cuda::plan_decode(
-      shape_of(p, num_tokens), block_table.size(1) * p.cache.block_size);
+  const cuda::DecodePlan plan =
+      cuda::plan_decode(shape_of(p, num_tokens), block_table.size(1) * p.cache.block_size);
   const int64_t num_rows = num_tokens * p.num_heads;
   const int64_t out_bytes = plan.num_splits * num_rows * head_dim * sizeof(float);
   const int64_t bytes = out_bytes + plan.num_splits * num_rows * sizeof(float);
@@ -92,8 +92,8 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   auto* partial_out = static_cast<float*>(memory.data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(partial_out) % 16 == 0,
                   "scratch must be aligned to 16 bytes");
-  cuda::paged_attention(
-      p, plan, {partial_out, partial_out + out_bytes / sizeof(float), num_rows}, scope.stream());
+  cuda::paged_attention(p, plan, {partial_out, partial_out + out_bytes / sizeof(float), num_rows},
+                        scope.stream());
 }
 
 int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int64_t num_heads,
