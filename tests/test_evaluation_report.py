@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -185,6 +187,27 @@ def test_a_result_is_read_and_the_reason_found_in_the_log(
     assert ended.status == "not available"
     assert ended.reason == "ValueError: page size 7 is odd"
     assert seen == ["5"]
+
+
+def test_a_row_ends_with_whoever_started_it() -> None:
+    """Even where the parent is killed and can do nothing about it."""
+    code = (
+        "import threading, time; from vllm_turboquant.evaluation.run_row import end_with_parent;"
+        "threading.Thread(target=end_with_parent, daemon=True).start();"
+        "print('started', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == b"started\n"
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(timeout=30) == -signal.SIGKILL
+    child.stdout.close()
 
 
 @pytest.mark.parametrize(

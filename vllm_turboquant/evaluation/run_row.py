@@ -2,14 +2,17 @@
 
 PLAN is the file of a ``plan.Plan``, ROW the JSON of a ``rows.Row``, OUT the folder of the results.
 Events go to standard output as JSON lines; whatever else is printed, by vLLM and its children, goes
-to standard error. The result is written to OUT, complete or not at all.
+to standard error. The result is written to OUT, complete or not at all. When standard input ends,
+so did whoever wanted the result, and everything else does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -55,6 +58,18 @@ def claim_stdout() -> TextIO:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return events
+
+
+def end_with_parent() -> None:
+    """Wait for the end of standard input; then end this process, and its group if it leads one.
+
+    An engine that outlived its parent would hold its memory until it has measured everything.
+    """
+    while os.read(0, 1024):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def measure(row: Row, plan: Plan, folder: Path, events: Events) -> Result:
@@ -151,6 +166,7 @@ def one_line(error: Exception) -> str:
 
 def main() -> None:
     """Run as a program; see the module's docstring."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     events = Events(claim_stdout())
     plan_file, row, out = sys.argv[1:]
     folder = Path(out)

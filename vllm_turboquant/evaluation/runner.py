@@ -75,24 +75,26 @@ class Evaluation:
         target.unlink(missing_ok=True)
         command = [sys.executable, "-m", "vllm_turboquant.evaluation.run_row"]
         arguments = [str(self.folder / PLAN_FILE), row.model_dump_json(), str(self.folder)]
-        with self.log(row).open("wb") as log:
-            process = subprocess.Popen(
+        with (
+            self.log(row).open("wb") as log,
+            subprocess.Popen(
                 [*command, *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # open as long as this process lives; see run_row
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=_environment(),
                 start_new_session=True,  # so that Ctrl-C ends it once, and in this order
-            )
-        try:
-            _follow(process, on_phase, on_tokens)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_TIMEOUT_S)
-        finally:
-            with suppress(ProcessLookupError):  # vLLM's workers may outlive it
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            ) as process,
+        ):
+            try:
+                _follow(process, on_phase, on_tokens)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_TIMEOUT_S)
+            finally:
+                with suppress(ProcessLookupError):  # vLLM's workers may outlive it
+                    os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
         if not target.exists():
             return Result(
                 row=row,
