@@ -37,8 +37,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from run_lm_eval import served_model
-from vllm_server import Server, ServerError
+from vllm_server import Server, ServerError, served_model
 
 from vllm_turboquant import CACHE_DTYPE, __version__
 

@@ -215,9 +215,6 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rivals", action="store_true", help="also time vLLM's kernels")
-    parser.add_argument(
-        "--row", action="append", metavar="BATCHxCONTEXT", help=f"default: {ROWS}; repeat it"
-    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -229,8 +226,7 @@ def main() -> None:
         f"{'FA3 fp8':>9} {'3bit_nc':>9}"
     )
     rows = []
-    given = [tuple(map(int, row.split("x"))) for row in args.row or ()]
-    for batch, context in given or ROWS:
+    for batch, context in ROWS:
         ours = bench_turboquant(batch, context, args)
         num_bytes = batch * context * args.kv_heads * SlotLayout(args.head_dim).slot_bytes
         row = {"batch": batch, "context": context, "turboquant3_us": ours}

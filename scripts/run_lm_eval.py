@@ -16,23 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import requests
+from vllm_server import served_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = "turboquant_needle,turboquant_perplexity"
-
-
-def served_model(url: str) -> tuple[str, int]:
-    """Name and max_model_len of the model that the server at ``url`` serves."""
-    session = requests.Session()
-    session.trust_env = False  # a proxy named in the environment does not serve localhost
-    try:
-        response = session.get(f"{url}/v1/models", timeout=30)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        sys.exit(f"no server answers at {url} ({type(error).__name__}); start one with: make serve")
-    model = response.json()["data"][0]
-    return model["id"], model["max_model_len"]
 
 
 def main() -> None:

@@ -106,6 +106,7 @@ def main() -> None:
 
     from vllm.platforms import current_platform
 
+    from vllm_turboquant.evaluation.plan import Result
     from vllm_turboquant.evaluation.prepare import make_plan
     from vllm_turboquant.evaluation.report import summarize
     from vllm_turboquant.evaluation.rows import REFERENCE, Row
@@ -131,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         evaluation = Evaluation(plan, Path(folder))
 
-        def run(row: Row):  # type: ignore[no-untyped-def]
+        def run(row: Row) -> Result:
             return evaluation.run(row, lambda phase: None, lambda tokens: None)
 
         results = [run(rows[0]), *pool.map(run, rows[1:])]

@@ -63,6 +63,19 @@ def is_port_used(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def served_model(url: str) -> tuple[str, int]:
+    """Name and max_model_len of the model that the server at ``url`` serves."""
+    session = requests.Session()
+    session.trust_env = False  # a proxy named in the environment does not serve localhost
+    try:
+        response = session.get(f"{url}/v1/models", timeout=30)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        sys.exit(f"no server answers at {url} ({type(error).__name__}); start one with: make serve")
+    model = response.json()["data"][0]
+    return model["id"], model["max_model_len"]
+
+
 def vllm_command() -> str:
     """The `vllm` of this Python environment, or else the one on PATH."""
     beside_python = Path(sys.executable).with_name("vllm")

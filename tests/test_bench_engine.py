@@ -14,7 +14,7 @@ import bench_engine
 import pytest
 from bench_engine import Record, Workload, last_error, run_engine
 from rich.console import Console
-from vllm_server import Capacity, ServerError
+from vllm_server import Capacity, ServerError, vllm_command
 
 SETUP = {"device": "A GPU", "vllm": "0.32.0"}
 SHORT = Workload("short", 32, 8, 4, 8)
@@ -234,3 +234,17 @@ def test_the_client_understands_its_arguments_and_says_what_failed(tmp_path: Pat
     assert result["error"].startswith("5 requests failed: ")
     assert "Connect" in result["error"]
     assert "Namespace" in (tmp_path / "client.log").read_text()
+
+
+def test_the_vllm_command_is_that_of_this_python_or_the_one_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, on_path = tmp_path / "env", tmp_path / "bin"
+    for folder in (beside, on_path):
+        folder.mkdir()
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    monkeypatch.setenv("PATH", str(on_path))
+    assert vllm_command() == "vllm"  # which Server refuses to start, and says what to do
+    for folder in (on_path, beside):
+        (folder / "vllm").touch(mode=0o755)
+        assert vllm_command() == str(folder / "vllm")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +21,8 @@ from vllm_turboquant.cli import codec as codec_module
 from vllm_turboquant.cli.codec import draw, load_vectors
 from vllm_turboquant.distortion import Report, measure_all, random_vectors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["--head-dim", "64", "--num-vectors", "512"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the command sets it for its process, which here is that of all tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: object) -> str:

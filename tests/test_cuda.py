@@ -297,6 +297,25 @@ def test_dequantize_equals_the_cpu(head_dim: int, dtype: torch.dtype) -> None:
         )
 
 
+def test_scratch_is_used_where_it_is_given() -> None:
+    case = make_case([3000, 40, 700], seed=13)
+    want, want_lse = attend(case)
+    tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
+    arguments = [x.cuda() for x in (*tensors, case.center)]
+    num_tokens, num_heads, head_dim = case.query.shape
+    enough = ops.paged_attention_scratch_bytes(3, num_tokens, num_heads, 2, head_dim)
+    scratch = torch.full((enough,), POISON, dtype=torch.uint8, device="cuda")
+    out = torch.full_like(want, torch.nan, device="cuda")
+    lse = torch.full_like(want_lse, torch.nan, device="cuda")
+    ops.paged_attention(*arguments, case.scale, True, out, lse, scratch)
+    assert torch.equal(out.cpu(), want) and torch.equal(lse.cpu(), want_lse)
+    assert (scratch != POISON).any()
+    with pytest.raises(RuntimeError, match="scratch has 16 bytes, expected"):
+        ops.paged_attention(*arguments, case.scale, True, out, lse, scratch[:16])
+    with pytest.raises(RuntimeError, match="scratch is float32, expected uint8"):
+        ops.paged_attention(*arguments, case.scale, True, out, lse, scratch.view(torch.float32))
+
+
 def test_refusals_name_the_argument() -> None:
     case = make_case([100])
     with pytest.raises(RuntimeError, match="block_table must be on the CUDA device"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -20,7 +19,6 @@ from vllm_turboquant.distortion import (
     PUBLISHED_MSE,
     PUBLISHED_PROD,
     Code,
-    Estimate,
     Fidelity,
     KeyModel,
     absmax,
@@ -37,8 +35,10 @@ from vllm_turboquant.distortion import (
     random_vectors,
     three_bit_codes,
 )
+from vllm_turboquant.estimate import Estimate
 
 T_999 = 4.07  # 99.9 % of Student's distribution with NUM_BATCHES - 1 degrees of freedom
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_VECTORS = 4096
 #: Squared errors to 5e-5, from test_reference.py.
 FORMAT_ERRORS = {
@@ -47,15 +47,6 @@ FORMAT_ERRORS = {
     ("turboquant3 value", 64): 0.1281,
     ("turboquant3 value", 128): 0.1305,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many threads are slow on small matrices, more so where other tests run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

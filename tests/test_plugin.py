@@ -16,6 +16,7 @@ from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_turboquant import plugin
@@ -187,6 +188,22 @@ def test_an_unsupported_configuration_is_refused_before_the_engine_starts(tiny_l
     with pytest.raises(UnsupportedError) as error:
         engine_config(tiny_llama, block_size=24)
     assert_one_line(error.value, "--block-size 24 is not supported")
+    with pytest.raises(UnsupportedError) as error:
+        engine_config(tiny_llama, worker_cls="my.Worker")
+    assert_one_line(error.value, "--worker-cls my.Worker takes the place of the worker that")
+
+
+def test_only_our_cache_gets_the_worker_that_centers_keys(tiny_llama: Path) -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    config = engine_config(tiny_llama)
+    ours = resolve_obj_by_qualname(config.parallel_config.worker_cls)
+    platform = engine_config(tiny_llama, kv_cache_dtype="auto").parallel_config.worker_cls
+    assert issubclass(ours, resolve_obj_by_qualname(platform))
+    assert issubclass(ours, WorkerBase)
+    assert ours.load_model is not resolve_obj_by_qualname(platform).load_model
+    current_platform.check_and_update_config(config)  # as where a configuration is derived
+    assert resolve_obj_by_qualname(config.parallel_config.worker_cls) is ours
 
 
 @pytest.mark.parametrize(

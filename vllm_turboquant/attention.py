@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
 from vllm_turboquant.errors import UnsupportedError
-from vllm_turboquant.fresh import FreshRequests, fresh_attention
+from vllm_turboquant.fresh import FreshRequests, flash_attention_version, fresh_attention
 from vllm_turboquant.metadata import PagedRequests, PrefillRequests, TurboQuant3Metadata
 from vllm_turboquant.scratch import Scratch
 from vllm_turboquant.tiles import Tile, attend_tile, merge_into, reconstruct
@@ -69,6 +69,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.no_center = torch.zeros_like(self.center)
         self.scratch: Scratch | None = None
         if self.center.is_cuda:
+            flash_attention_version(head_size)
             self.scratch = Scratch.of_layer(
                 get_current_vllm_config(), num_heads, self.num_kv_heads, head_size
             )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant.codebook import solve_codebook
+from vllm_turboquant.estimate import Estimate
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.paper import (
     TurboQuantMse,
@@ -67,14 +68,6 @@ class Code:
     draw: Draw
     expected: float | None = None
     published: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error."""
-
-    mean: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -298,9 +291,7 @@ def measure(code: Code, vectors: Tensor, seed: int) -> Fidelity:
         product_error = (estimated - true).square().mean()
         variance = (estimated - slope * true).square().mean()
         samples.append(torch.stack([squared_error, product_error, slope - 1, variance]))
-    sample = torch.stack(samples)
-    error = sample.std(dim=0) / len(sample) ** 0.5
-    squared, product, bias, spread = map(Estimate, sample.mean(dim=0).tolist(), error.tolist())
+    squared, product, bias, spread = map(Estimate.of, torch.stack(samples).T.tolist())
     return Fidelity(
         code=code.name,
         bits=code.bits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -99,7 +100,7 @@ def flash_attention(
     Returns:
         As ``fresh_attention``; infinite for a row that sees nothing.
     """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     _, lse = flash_attn_varlen_func(
         q=query,
@@ -113,6 +114,17 @@ def flash_attention(
         causal=causal,
         return_softmax_lse=True,
         out=out,
-        fa_version=get_flash_attn_version(head_size=query.shape[-1]),
+        fa_version=flash_attention_version(query.shape[-1]),
     )
     return lse
+
+
+@cache
+def flash_attention_version(head_dim: int) -> int | None:
+    """The version that vLLM takes for a head size on this GPU.
+
+    NOTE: First called while a model is built: later there is no configuration for vLLM to ask.
+    """
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return get_flash_attn_version(head_size=head_dim)

@@ -7,6 +7,7 @@ not grow after graphs have been captured.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,10 +48,7 @@ class Scratch:
         # Graphs are captured for padded batches.
         padded_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = max(scheduler.max_num_seqs, padded_rows)
-        decode_bytes = max(
-            ops.paged_attention_scratch_bytes(rows, rows, num_heads, num_kv_heads, head_dim)
-            for rows in range(1, most_rows + 1)
-        )
+        decode_bytes = _decode_bytes(most_rows, num_heads, num_kv_heads, head_dim)
         return Scratch(decode_bytes, (tile_tokens, num_kv_heads, head_dim), model.dtype)
 
     def reserve(self) -> None:
@@ -71,3 +69,12 @@ class Scratch:
             *2 * [(self.tile_shape, self.dtype)]
         )
         return key, value
+
+
+@cache  # layers are alike
+def _decode_bytes(most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """What any batch of up to ``most_rows`` decode rows needs."""
+    return max(
+        ops.paged_attention_scratch_bytes(rows, rows, num_heads, num_kv_heads, head_dim)
+        for rows in range(1, most_rows + 1)
+    )

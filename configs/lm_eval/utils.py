@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import re
 from functools import cache
 from pydoc_data.topics import topics
 from typing import Any
@@ -11,14 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-NEEDLE_DIGITS = 5
-QUESTION = "\n\nQuestion: What is the secret number?\nAnswer: The secret number is"
-# Every combination is a sentence; there is no digit in them, so the needle is the only number.
-WHO = "A baker|The teacher|Her brother|An old sailor|The gardener|My neighbour|A young nurse"
-DID = "found|painted|carried|repaired|described|sold|remembered|photographed"
-WHAT = "a wooden boat|the green door|a basket of apples|the letter|two heavy chairs|an old map"
-WHERE = "near the river|in the village|behind the school|at the market|on the hill|by the window"
-WHEN = "before breakfast|in the rain|on a quiet evening|after the harvest|during the festival"
+from vllm_turboquant.evaluation.needle import is_found, make_needle
 
 
 def needle_dataset(
@@ -32,9 +23,6 @@ def needle_dataset(
         depths: Where the number is, in percent of the text; 0 is the beginning, 100 the end.
         samples: Prompts for each length and depth, each with a text and a number of its own.
     """
-    for depth in depths:
-        if not 0 <= depth <= 100:
-            raise ValueError(f"depth {depth} was given; depths are percentages from 0 to 100")
     docs = [
         needle_doc(load_tokenizer(tokenizer), length, depth, sample)
         for length in context_lengths
@@ -54,35 +42,15 @@ def needle_doc(
     tokenizer: PreTrainedTokenizerBase, length: int, depth: int, sample: int
 ) -> dict[str, Any]:
     """One prompt of at most ``length`` tokens; the same arguments always give the same prompt."""
-    rng = random.Random(f"{length}/{depth}/{sample}")
-    number = "".join(rng.choices("123456789", k=NEEDLE_DIGITS))
-    needle = f"Remember this: the secret number is {number}."
-
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
-
-    room = length - count(needle) - count(QUESTION) - 2  # where pieces meet, tokens may split anew
-    sentences: list[str] = []
-    while (room := room - count(" " + (sentence := filler(rng)))) >= 0:
-        sentences.append(sentence)
-    sentences.insert(round(len(sentences) * depth / 100), needle)
-    prompt = " ".join(sentences) + QUESTION
-    if len(sentences) == 1 or count(prompt) > length:
-        raise ValueError(f"context length {length} was given; it must have room for some sentences")
-    return {"prompt": prompt, "number": number, "length": length, "depth": depth}
-
-
-def filler(rng: random.Random) -> str:
-    """One sentence about nothing."""
-    who, did, what, where, when = (
-        rng.choice(words.split("|")) for words in (WHO, DID, WHAT, WHERE, WHEN)
+    prompt, number = make_needle(
+        lambda text: len(tokenizer(text)["input_ids"]), length, depth, sample
     )
-    return f"{who} {did} {what} {where} {when}."
+    return {"prompt": prompt, "number": number, "length": length, "depth": depth}
 
 
 def score_needle(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """1 where the answer's digits are the number, under every heading the prompt counts for."""
-    hit = float(re.sub(r"\D", "", results[0]) == doc["number"])
+    hit = float(is_found(results[0], doc["number"]))
     return {
         "exact_match": hit,
         f"exact_match_length_{doc['length']}": hit,

@@ -7,12 +7,18 @@ Small on purpose: 256 tokens a step, so that prompts of ordinary length are pref
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import requests
 from vllm_server import Server
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
 ARGUMENTS = (
@@ -25,6 +31,27 @@ ARGUMENTS = (
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
 
 RunServer = Callable[..., AbstractContextManager[Server]]
+
+
+def client(server: Server) -> OpenAI:
+    from openai import OpenAI  # comes with vLLM
+
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+
+
+def complete(server: Server, prompt: str, max_tokens: int = 12, **options: object) -> str:
+    response = client(server).completions.create(
+        model=server.name, prompt=prompt, max_tokens=max_tokens, temperature=0, **options
+    )
+    return response.choices[0].text
+
+
+def metric(server: Server, name: str) -> float:
+    """Sum of a counter over its labels."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    assert values, f"no metric {name}"
+    return sum(map(float, values))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import pytest
 import requests
 
 pytest.importorskip("vllm")
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 from vllm_server import Server
 
-from tests.serve.conftest import RunServer
+from tests.serve.conftest import RunServer, client, complete, metric
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -24,25 +24,6 @@ EASY = {
     "The largest planet in our solar system is": "Jupiter",
 }
 LONG_PROMPT = "The sky is blue. " * 120 + "The capital of France is"  # about 600 tokens, 3 chunks
-
-
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
-
-
-def complete(server: Server, prompt: str, max_tokens: int = 12, **options: object) -> str:
-    response = client(server).completions.create(
-        model=server.name, prompt=prompt, max_tokens=max_tokens, temperature=0, **options
-    )
-    return response.choices[0].text
-
-
-def metric(server: Server, name: str) -> float:
-    """Sum of a counter over its labels."""
-    text = requests.get(f"{server.url}/metrics", timeout=30).text
-    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-    assert values, f"no metric {name}"
-    return sum(map(float, values))
 
 
 @pytest.mark.parametrize("prompt", EASY)
@@ -127,6 +108,17 @@ def test_the_log_states_the_format_once(turboquant_server: Server) -> None:
         "44 bytes per token and KV head instead of 256, 5.82x smaller, "
         "in every one of the model's 30 attention layers" in lines[0]
     )
+
+
+def test_the_engine_centers_keys_when_it_starts(turboquant_server: Server) -> None:
+    """Keys of this model have a large constant part; the log says how much, once."""
+    assert turboquant_server.log is not None
+    found = re.findall(
+        r"keys are centered by the mean over (\d+) random tokens: up to ([\d.]+) %",
+        turboquant_server.log.read_text(),
+    )
+    assert len(found) == 1
+    assert float(found[0][1]) > 80
 
 
 def test_auto_is_byte_identical_with_and_without_the_plugin(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from vllm_turboquant.distortion import Estimate, Report
+    from vllm_turboquant.distortion import Report
+    from vllm_turboquant.estimate import Estimate
 
 DEFAULT_HEAD_DIM = 128
 DEFAULT_NUM_VECTORS = 8192

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,30 +86,3 @@ def score_window(
     }
     means = {name: [float(part.mean()) for part in split] for name, split in values.items()}
     return {"sizes": [len(part) for part in values["kl"]], **means}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error; the error is NaN where there is one value only."""
-
-    mean: float
-    error: float
-
-    @staticmethod
-    def of(values: Sequence[float], weights: Sequence[int]) -> Estimate:
-        """Weighted mean over parts of windows.
-
-        The error comes from the spread between parts and not between tokens: neighbouring tokens
-        depend on each other, and their number would make the error too small.
-
-        Args:
-            values: Means over the tokens of each part.
-            weights: Tokens of each part.
-        """
-        data = torch.tensor(values, dtype=torch.float64)
-        weight = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-        mean = float((weight * data).sum())
-        if len(data) < 2:
-            return Estimate(mean, math.nan)
-        spread = float((weight * (data - mean)).norm())
-        return Estimate(mean, spread * math.sqrt(len(data) / (len(data) - 1)))

@@ -9,9 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_turboquant import reference
-from vllm_turboquant.layout import SlotLayout
-
 
 def int8(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Eight bits per coordinate, one scale per token and KV head."""
@@ -38,16 +35,3 @@ def quantize(x: Tensor, bits: int) -> Tensor:
     step = exact.abs().amax(dim=-1, keepdim=True) / levels
     index = torch.round(exact / torch.where(step > 0, step, 1.0))
     return (index * step).to(x.dtype)
-
-
-def uncentered(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of turboquant3 without a center, by the reference codec."""
-    layout = SlotLayout(key.shape[-1])
-    center = torch.zeros(key.shape[-2:])
-    key_code = reference.encode_keys(key.cpu(), center, layout)
-    value_code = reference.encode_values(value.cpu(), layout)
-    decoded = (
-        reference.decode_keys(key_code, center, layout, dtype=torch.float32),
-        reference.decode_values(value_code, layout, dtype=torch.float32),
-    )
-    return decoded[0].to(key), decoded[1].to(value)

@@ -14,7 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_turboquant.evaluation.fidelity import Estimate
+from vllm_turboquant.estimate import Estimate
 from vllm_turboquant.evaluation.plan import Plan, Result, WindowScore
 
 #: Backends whose prefill is known to read the paged cache and nothing else (``rows``).

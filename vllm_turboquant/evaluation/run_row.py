@@ -99,7 +99,7 @@ def measure(row: Row, plan: Plan, folder: Path, events: Events) -> Result:
             "answers": answer_questions(engine, events),
             "measure_s": time.monotonic() - begin - start_s,
         }
-    except Exception as error:
+    except Exception as error:  # whatever vLLM raises is this row's result; the log has it whole
         traceback.print_exc()
         return result.model_copy(update={"reason": one_line(error)})
     return result.model_copy(update={"status": "complete", **measured})
