@@ -63,7 +63,7 @@ CUDA_KERNELS = [
     "csrc/cuda/decode_d64.cu",
     "csrc/cuda/decode_d128.cu",
     "csrc/cuda/decode_d256.cu",
-    "csrc/cuda/combine.cu",
+    "csrc/cuda/decode.cu",
     "csrc/cuda/dequantize.cu",
 ]
 #: Compute capabilities to compile for; TORCH_CUDA_ARCH_LIST replaces them, as it does for PyTorch.

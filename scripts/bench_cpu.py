@@ -31,6 +31,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_turboquant import ops
+from vllm_turboquant.frame import plain_frame
 from vllm_turboquant.layout import SlotLayout
 
 BLOCK_SIZE = 128
@@ -111,13 +112,13 @@ def measure(
     num_tokens = batch * context
     key, value = torch.randn(2, num_tokens, num_kv_heads, head_dim).bfloat16()
     query = torch.randn(batch, num_heads, head_dim).bfloat16()
-    center = torch.zeros(num_kv_heads, head_dim)
+    key_frame = plain_frame(torch.zeros(num_kv_heads, head_dim))
     num_blocks = num_tokens // BLOCK_SIZE
     slot_bytes = SlotLayout(head_dim).slot_bytes
     cache = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes, dtype=torch.uint8)
     slots = torch.arange(num_tokens)
     store_ms = medians_ms(
-        {"store": lambda: ops.store(key, value, center, cache, slots)}, min(rounds, 3)
+        {"store": lambda: ops.store(key, value, key_frame, cache, slots)}, min(rounds, 3)
     )["store"]
     block_table = torch.arange(num_blocks, dtype=torch.int32).view(batch, -1)
     seq_lens = torch.full((batch,), context, dtype=torch.int32)
@@ -137,7 +138,7 @@ def measure(
                 block_table,
                 seq_lens,
                 query_start_loc,
-                center,
+                key_frame,
                 head_dim**-0.5,
                 True,
                 out,

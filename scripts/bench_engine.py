@@ -3,10 +3,15 @@
 
     bench_engine.py models/qwen2.5-coder-1.5b-instruct --json engine.json [arguments of vllm serve]
 
-One `vllm serve` after the other on the same device, each measured by the client of
-`vllm bench serve`. The record is written after every workload, so that a run that is cut keeps what
-it has; --resume measures the rest. Prefix caching is off, because the client warms up with a prompt
-that it measures afterwards, and because its prompts for one seed begin alike.
+One `vllm serve` after the other on the same device, or, with --together, side by side and measured
+one after the other. The record is written after every workload, so that a run that is cut keeps
+what it has; --resume measures the rest.
+
+--set requests  what a user sees, measured by the client of `vllm bench serve`. Prefix caching is
+                off, because the client warms up with a prompt that it measures afterwards, and
+                because its prompts for one seed begin alike.
+--set decode    the time between tokens alone, at contexts of 4K to 32K, with 1, 16 and as many
+                requests as fit; measured by decode_client.py, which says how.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from decode_client import random_prompts, run_decode
 from rich.console import Console
 from rich.table import Table
 from vllm_server import Server, ServerError, served_model
@@ -67,7 +73,8 @@ class Workload:
         input_tokens: Length of each prompt.
         output_tokens: New tokens of each request, whatever the model says.
         concurrency: Requests at a time; None for as many as the cache holds.
-        prompts: Requests in all.
+        prompts: Requests in all; of decoding, the most at a time.
+        decode: Whether decoding alone is measured.
     """
 
     name: str
@@ -75,24 +82,30 @@ class Workload:
     output_tokens: int
     concurrency: int | None
     prompts: int
+    decode: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Workload:
-        """Read ``NAME=input,output,concurrency,prompts``, or the name of a default one.
+    def parse(cls, text: str, known: str = "requests") -> Workload:
+        """Read ``NAME=input,output,concurrency,prompts``, or the name of one of a set.
+
+        Args:
+            text: What to read.
+            known: Key of ``SETS``.
 
         Raises:
             argparse.ArgumentTypeError: It is neither; the message says what is accepted.
         """
-        if text in WORKLOADS:
-            return WORKLOADS[text]
+        if text in SETS[known]:
+            return SETS[known][text]
         match = re.fullmatch(r"([^=]+)=([1-9]\d*),([1-9]\d*),(fit|[1-9]\d*),([1-9]\d*)", text)
         if match is None:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no workload; give NAME=input,output,concurrency,prompts (positive "
-                f"numbers, or fit for the concurrency) or one of {', '.join(WORKLOADS)}"
+                f"numbers, or fit for the concurrency) or one of {', '.join(SETS[known])}"
             )
         concurrency = None if match[4] == "fit" else int(match[4])
-        return cls(match[1], int(match[2]), int(match[3]), concurrency, int(match[5]))
+        sizes = int(match[2]), int(match[3]), concurrency, int(match[5])
+        return cls(match[1], *sizes, decode=known == "decode")
 
     @property
     def request_tokens(self) -> int:
@@ -101,12 +114,19 @@ class Workload:
 
     def clients(self, fit: int) -> int:
         """Requests at a time against an engine whose cache holds ``fit`` of them."""
-        return min(self.concurrency or max(1, fit), self.prompts)
+        fit = max(1, fit)
+        wanted = self.concurrency or fit
+        # What does not fit would be prefilled again and again, which is not decoding.
+        return min(min(wanted, fit) if self.decode else wanted, self.prompts)
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
+def by_name(*workloads: Workload) -> dict[str, Workload]:
+    """A set, in this order."""
+    return {workload.name: workload for workload in workloads}
+
+
+SETS = {
+    "requests": by_name(
         Workload("chat", 128, 128, 64, 256),
         Workload("4k-x16", 4096, 128, 16, 48),
         Workload("16k-x1", 16384, 64, 1, 3),
@@ -116,9 +136,23 @@ WORKLOADS = {
         Workload("ttft-2k", 2048, 1, 1, 15),
         Workload("ttft-8k", 8192, 1, 1, 9),
         Workload("ttft-16k", 16384, 1, 1, 7),
-    )
+    ),
+    "decode": by_name(
+        *(
+            Workload(f"{context}-{requests}", input_tokens, 512, concurrency, prompts, decode=True)
+            for context, input_tokens in {"4k": 4096, "16k": 16384, "32k": 32768 - 512}.items()
+            for requests, concurrency, prompts in (
+                ("x1", 1, 1),
+                ("x16", 16, 16),
+                ("fit", None, 1024),
+            )
+        )
+    ),
 }
-QUICK = ("chat", "16k-x1", "ttft-2k", "ttft-16k")
+QUICK = {
+    "requests": ("chat", "16k-x1", "ttft-2k", "ttft-16k"),
+    "decode": ("4k-x1", "16k-x16", "16k-fit"),
+}
 
 
 class Record:
@@ -183,6 +217,15 @@ def client_parser() -> argparse.ArgumentParser:
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     return parser
+
+
+def decode_arguments(server: Server, workload: Workload, clients: int) -> tuple[Any, ...]:
+    """Arguments of ``run_decode`` for one workload."""
+    config = json.loads((server.model / "config.json").read_text())
+    vocab_size = config.get("text_config", config)["vocab_size"]
+    prompts = random_prompts(workload.name, clients, workload.input_tokens, vocab_size)
+    url = f"http://127.0.0.1:{server.port}"
+    return url, server.name, prompts, workload.output_tokens, WORKLOAD_TIMEOUT_S
 
 
 def import_client() -> None:
@@ -254,13 +297,21 @@ def last_error(text: str) -> str:
 
 
 def run_engine(
-    server: Server, dtype: str, workloads: Sequence[Workload], record: Record, client: Executor
+    server: Server,
+    dtype: str,
+    workloads: Sequence[Workload],
+    record: Record,
+    client: Executor,
+    started: bool = False,
 ) -> None:
-    """Start one engine, measure ``workloads`` and put them on record, with what went wrong."""
+    """Start one engine, unless it is, measure ``workloads`` and put them on record.
+
+    What went wrong goes on record, too.
+    """
     begin = time.monotonic()
     engine: dict[str, Any] = {}
     try:
-        with server:
+        with contextlib.nullcontext() if started else server:
             client.submit(import_client)  # while the engine starts
             server.wait_until_ready(START_TIMEOUT_S)
             capacity = server.capacity()
@@ -275,10 +326,13 @@ def run_engine(
                 clients = workload.clients(fit)
                 if workload.request_tokens > max_tokens:
                     figures = {"error": f"the model takes at most {max_tokens} tokens a request"}
+                elif workload.decode:
+                    arguments = decode_arguments(server, workload, clients)
+                    figures = client.submit(run_decode, *arguments).result()
                 else:
-                    arguments = client_arguments(server, workload, clients)
+                    options = client_arguments(server, workload, clients)
                     log = record.path.with_suffix(".client.log")
-                    figures = client.submit(run_client, arguments, log, WORKLOAD_TIMEOUT_S).result()
+                    figures = client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
                 row = {"clients": clients, "requests_that_fit": fit, **figures}
                 record.put_row(dtype, workload, row)
                 say(f"{dtype}: {workload.name}: {json.dumps(figures)}")
@@ -369,28 +423,43 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("--json", type=Path, required=True, help="the record; logs go beside it")
     parser.add_argument("--resume", action="store_true", help="measure what the record lacks")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--set", choices=SETS, default="requests", help="what is measured; default: %(default)s"
+    )
+    quick = "; ".join(f"{', '.join(names)} of {name}" for name, names in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"only {quick}")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start all engines at once, and measure one while the others have nothing to do; they "
+        "have to fit, so give each a part of the memory with --gpu-memory-utilization",
+    )
     parser.add_argument(
         "--dtypes", nargs="+", default=DTYPES, metavar="DTYPE", help=f"default: {' '.join(DTYPES)}"
     )
     parser.add_argument(
         "--workload",
-        type=Workload.parse,
         action="append",
         metavar="NAME=input,output,concurrency,prompts",
         help="tokens and requests, with fit for as many requests at a time as the cache holds; or "
-        f"a name alone. Default: {', '.join(WORKLOADS)}",
+        "a name alone. Default: all of the set, "
+        + "; or ".join(", ".join(workloads) for workloads in SETS.values()),
     )
     parser.add_argument(
         "--kv-cache-memory-bytes", type=int, default=4 << 30, help="default: %(default)s"
     )
-    return parser.parse_known_args()
+    options, passed_on = parser.parse_known_args()
+    names = options.workload or (QUICK[options.set] if options.quick else SETS[options.set])
+    try:
+        options.workloads = [Workload.parse(name, options.set) for name in names]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --workload: {error}")
+    return options, passed_on
 
 
 def main() -> None:
     """Measure every engine and print the tables."""
     options, passed_on = parse_arguments()
-    workloads = options.workload or [WORKLOADS[n] for n in (QUICK if options.quick else WORKLOADS)]
     if CACHE_DTYPE in options.dtypes and not has_plugin():
         sys.exit(
             f"--dtypes has {CACHE_DTYPE}, but vLLM finds no such plugin here; install this package "
@@ -398,7 +467,7 @@ def main() -> None:
         )
     arguments = [
         f"--kv-cache-memory-bytes={options.kv_cache_memory_bytes}",
-        "--no-enable-prefix-caching",
+        "--enable-prefix-caching" if options.set == "decode" else "--no-enable-prefix-caching",
         *passed_on,
     ]
     setup = {
@@ -416,11 +485,18 @@ def main() -> None:
     # started afterwards would inherit them.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as client:
+        engines = []
         for dtype in options.dtypes:
-            if missing := record.missing(dtype, workloads):
+            if missing := record.missing(dtype, options.workloads):
                 log = options.json.with_suffix(f".{dtype}.log")
                 server = Server(options.model.absolute(), dtype, arguments, log=log)
-                run_engine(server, dtype, missing, record, client)
+                engines.append((server, dtype, missing))
+        with contextlib.ExitStack() as running:
+            if options.together:
+                for server, *_ in engines:
+                    running.enter_context(server)
+            for server, dtype, missing in engines:
+                run_engine(server, dtype, missing, record, client, options.together)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     console.print("{model}, vLLM {vllm}, torch {torch}, {device}".format(**setup))
     console.print(capacity_table(record.data["engines"]))

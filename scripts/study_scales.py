@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vllm_turboquant import reference
+from vllm_turboquant.frame import plain_frame
 from vllm_turboquant.layout import SlotLayout
 
 SCALES = ("unbiased", "norm", "least_squares")
@@ -59,8 +60,9 @@ def code_keys(key: Tensor, scale: str) -> Tensor:
     layout = SlotLayout(key.shape[-1])
     exact = key.float().cpu()
     center = exact[NUM_SINK_TOKENS:].mean(dim=0) if len(key) > 64 else torch.zeros(key.shape[1:])
-    code = reference.encode_keys(exact, center, layout)
-    decoded = reference.decode_keys(code, center, layout, dtype=torch.float32)
+    key_frame = plain_frame(center)
+    code = reference.encode_keys(exact, key_frame, layout)
+    decoded = reference.decode_keys(code, key_frame, layout, dtype=torch.float32)
     return (center + rescale(exact - center, decoded - center, layout, scale)).to(key)
 
 

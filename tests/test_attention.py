@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
+from vllm_turboquant.frame import CENTER, SINK
+from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import PagedBatch, assert_close, make_batch
 
 UNTOUCHED = 7.0
@@ -56,7 +58,7 @@ def run(
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
-        batch.center,
+        batch.key_frame,
         batch.scale,
         causal,
         out,
@@ -75,7 +77,7 @@ def check(batch: PagedBatch, causal: bool = True) -> None:
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
-        batch.center,
+        batch.key_frame,
         batch.scale,
         causal=causal,
     )
@@ -91,11 +93,46 @@ def check(batch: PagedBatch, causal: bool = True) -> None:
     assert (out[rows:] == UNTOUCHED).all() and (lse[:, rows:] == UNTOUCHED).all()
 
 
+def with_random_origins(batch: PagedBatch, seed: int = 0) -> PagedBatch:
+    """Let every key group start from either origin: the codes are as good, for other keys."""
+    cache = batch.kv_cache.clone()
+    scale = reference.block_arrays(cache, SlotLayout(batch.query.shape[-1]))["key_scale"]
+    generator = torch.Generator().manual_seed(seed)
+    sign_bit = torch.randint(0, 2, scale.shape, generator=generator).to(torch.int16) << 15
+    scale.view(torch.int16).bitwise_xor_(sign_bit)
+    return PagedBatch(**{**vars(batch), "kv_cache": cache})
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name: str, causal: bool) -> None:
     case = CASES[name]
     check(make_batch(**vars(case), seed=len(name)), causal)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_every_group_starts_from_its_own_origin(head_dim: int) -> None:
+    batch = make_batch((70, 5), (1, 3), 4, 2, head_dim)
+    mixed = with_random_origins(batch)
+    check(mixed)
+    assert (run(mixed)[0] - run(batch)[0])[:4].norm() > 0.1 * run(batch)[0][:4].norm()
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_keys_that_equal_the_sink(head_dim: int) -> None:
+    """Scales of 0 of either sign: a score is q . center or q . sink, and nothing else."""
+    batch = make_batch((40,), (1,), 4, 2, head_dim)
+    center, sink = batch.key_frame[:, CENTER], batch.key_frame[:, SINK]
+    at_sink = torch.arange(40) % 3 == 0
+    key = torch.where(at_sink[:, None, None], sink, center)
+    value = torch.randn(key.shape, generator=torch.Generator().manual_seed(1))
+    ops.store(key, value, batch.key_frame, batch.kv_cache, batch.slot_mapping)
+    check(batch)
+    _, lse = run(batch)
+    query = batch.query[0].double().unflatten(0, (2, 2))
+    score = batch.scale * torch.einsum("hrd,thd->hrt", query, key.double())
+    want = score.logsumexp(dim=-1).flatten()
+    torch.testing.assert_close(lse[:, 0].double(), want, rtol=BOUND, atol=BOUND)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

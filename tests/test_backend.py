@@ -18,12 +18,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_turboquant import plugin, reference
 from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.testing import random_frame
 
 pytestmark = pytest.mark.vllm
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
-CENTER = 2 * torch.randn(NUM_KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+KEY_FRAME = random_frame(NUM_KV_HEADS, HEAD_DIM, torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run_step(
         torch.device(device),
     ):
         impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
-    impl.center.copy_(CENTER)
+    impl.set_key_frame(KEY_FRAME.to(device))
     cache, block_table = cache.to(device), block_table.to(device)
 
     def store(key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -106,7 +107,9 @@ def run_step(
         seq_len = context + fresh
         query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator).to(dtype)
         key, value = torch.randn(2, seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-        key, value = (key + CENTER).to(dtype), value.to(dtype)
+        center, sink, _ = KEY_FRAME.unbind(dim=1)
+        key = key + torch.where(torch.arange(seq_len)[:, None, None] % 7 == 0, sink, center)
+        key, value = key.to(dtype), value.to(dtype)
         store(key[:context], value[:context], slots(req, 0, context))
         requests.append((query, key, value))
         queries.append(query)
@@ -149,7 +152,8 @@ def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tenso
     """Attention in float64 where all but the last ``num_exact`` tokens are read from codes."""
     layout = SlotLayout(HEAD_DIM)
     first_exact = key.shape[0] - num_exact
-    decoded_key = reference.decode_keys(reference.encode_keys(key, CENTER, layout), CENTER, layout)
+    key_code = reference.encode_keys(key, KEY_FRAME, layout)
+    decoded_key = reference.decode_keys(key_code, KEY_FRAME, layout)
     decoded_value = reference.decode_values(reference.encode_values(value, layout), layout)
     decoded_key[first_exact:] = key[first_exact:]
     decoded_value[first_exact:] = value[first_exact:]

@@ -12,13 +12,14 @@ from typing import Any
 
 import bench_engine
 import pytest
-from bench_engine import Record, Workload, last_error, run_engine
+from bench_engine import SETS, Record, Workload, last_error, run_engine
 from rich.console import Console
 from vllm_server import Capacity, ServerError, vllm_command
 
 SETUP = {"device": "A GPU", "vllm": "0.32.0"}
 SHORT = Workload("short", 32, 8, 4, 8)
 LONG = Workload("long", 64, 1, 1, 5)
+DECODE = Workload("decode", 32, 8, 16, 16, decode=True)
 FIGURES = {"tokens_per_s": 100.0, "ttft_ms": 10.0, "itl_ms": 2.0, "itl_p99_ms": 3.0}
 
 # The ends of real logs, shortened.
@@ -62,15 +63,19 @@ class FakeServer:
 
 
 class FakeClient:
-    """Answers ``submit(run_client, ...)`` with the next of ``results``."""
+    """Answers ``submit(run_client or run_decode, ...)`` with the next of ``results``."""
 
     def __init__(self, *results: dict[str, Any]) -> None:
-        self.results, self.asked = list(results), []
+        self.results: list[dict[str, Any]] = list(results)
+        self.asked: list[Any] = []  # arguments of run_client, and all of run_decode
 
     def submit(self, function: Any, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         if function is bench_engine.run_client:
             self.asked.append(arguments[0])
+            future.set_result(self.results.pop(0))
+        elif function is bench_engine.run_decode:
+            self.asked.append(arguments)
             future.set_result(self.results.pop(0))
         return future
 
@@ -92,7 +97,9 @@ def on_disk(record: Record) -> dict[str, Any]:
 def test_workloads_are_read() -> None:
     assert Workload.parse("mine=4096,128,16,48") == Workload("mine", 4096, 128, 16, 48)
     assert Workload.parse("mine=4096,128,fit,48").concurrency is None
-    assert Workload.parse("chat") == bench_engine.WORKLOADS["chat"]
+    assert Workload.parse("chat") == SETS["requests"]["chat"]
+    assert Workload.parse("4k-x1", "decode") == Workload("4k-x1", 4096, 512, 1, 1, decode=True)
+    assert Workload.parse("mine=32,8,fit,16", "decode").decode
 
 
 @pytest.mark.parametrize("text", ["chatter", "=1,1,1,1", "a=1,1,1", "a=1,1,1,0", "a=fit,1,1,1"])
@@ -101,10 +108,24 @@ def test_other_workloads_are_refused(text: str) -> None:
         Workload.parse(text)
 
 
+def test_decoding_is_measured_at_three_contexts_and_three_numbers_of_requests() -> None:
+    names = [f"{context}-{n}" for context in ("4k", "16k", "32k") for n in ("x1", "x16", "fit")]
+    assert list(SETS["decode"]) == names
+    # vLLM's blocks have 16 tokens on GPUs and 128 on CPUs: then what fits fits to the last token.
+    assert all(workload.request_tokens % 128 == 0 for workload in SETS["decode"].values())
+    assert max(workload.request_tokens for workload in SETS["decode"].values()) == 32768
+    assert all(set(names) <= set(SETS[name]) for name, names in bench_engine.QUICK.items())
+
+
 @pytest.mark.parametrize(("fit", "clients"), [(0, 1), (5, 5), (9, 8)])
 def test_fit_takes_as_many_requests_as_fit_and_there_are(fit: int, clients: int) -> None:
     assert Workload("fit", 32, 8, None, 8).clients(fit) == clients
     assert SHORT.clients(fit) == 4
+
+
+@pytest.mark.parametrize(("fit", "clients"), [(0, 1), (5, 5), (90, 16)])
+def test_no_more_requests_decode_than_fit(fit: int, clients: int) -> None:
+    assert DECODE.clients(fit) == clients
 
 
 @pytest.mark.parametrize(
@@ -133,6 +154,18 @@ def test_an_engine_is_measured_and_the_record_written_after_every_workload(recor
     assert written["rows"][0].items() >= {"clients": 4, "requests_that_fit": 10, **FIGURES}.items()
     assert "--random-input-len=32" in client.asked[0]
     assert "--max-concurrency=4" in client.asked[0]
+
+
+def test_decoding_is_measured_by_its_own_client(record: Record, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    server, client = FakeServer(), FakeClient(FIGURES)
+    server.model = tmp_path
+    run_engine(server, "auto", [DECODE], record, client)
+    ((url, model, prompts, output_tokens, _),) = client.asked
+    assert (url, model, output_tokens) == ("http://127.0.0.1:1", "m", 8)
+    assert [len(prompt) for prompt in prompts] == 10 * [32]  # 400 tokens fit
+    (row,) = on_disk(record)["rows"]
+    assert row.items() >= {"name": "decode", "decode": True, "clients": 10, **FIGURES}.items()
 
 
 def test_an_engine_that_does_not_start_is_recorded_with_the_reason(record: Record) -> None:
@@ -216,6 +249,32 @@ def test_a_missing_plugin_is_said_before_anything_starts(
     monkeypatch.setattr(sys, "argv", ["bench_engine.py", "m", "--json", str(tmp_path / "e.json")])
     with pytest.raises(SystemExit, match="vLLM finds no such plugin here; install this package"):
         bench_engine.main()
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "m", "--json", "e.json", *arguments])
+    return bench_engine.parse_arguments()[0]
+
+
+def test_sets_and_workloads_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, names in (
+        ((), SETS["requests"]),
+        (("--quick",), bench_engine.QUICK["requests"]),
+        (("--set", "decode"), SETS["decode"]),
+        (("--set", "decode", "--quick"), bench_engine.QUICK["decode"]),
+        (("--set", "decode", "--workload", "4k-fit", "--workload", "a=1,1,1,1"), ("4k-fit", "a")),
+    ):
+        workloads = command_line(monkeypatch, *arguments).workloads
+        assert [workload.name for workload in workloads] == list(names)
+        assert all(workload.decode == ("decode" in arguments) for workload in workloads)
+
+
+def test_a_workload_of_another_set_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, "--set", "decode", "--workload", "chat")
+    assert "argument --workload: 'chat' is no workload; give NAME=" in capsys.readouterr().err
 
 
 @pytest.mark.vllm

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
+from vllm_turboquant.frame import CENTER, SINK
 from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.testing import random_frame
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +30,7 @@ class Case:
     block_table: Tensor  # [num_reqs, max_blocks]
     seq_lens: Tensor  # [num_reqs]
     query_start_loc: Tensor  # [num_reqs + 1]
-    center: Tensor  # [num_kv_heads, head_dim]
+    key_frame: Tensor  # [num_kv_heads, 3, head_dim]
     scale: float
     causal: bool = True
 
@@ -45,7 +47,10 @@ def make_case(
     max_blocks: int = 0,
     seed: int = 0,
 ) -> Case:
-    """Random codes in shuffled blocks; everything that must not be read is poisoned."""
+    """Random codes in shuffled blocks, a fifth of the key groups at the sink; the rest is poison.
+
+    Groups of one key start from either origin each.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -74,8 +79,11 @@ def make_case(
             codes = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
             arrays[name][block, :, offset] = codes
         for name in ("key_scale", "value_scale"):
-            scales = torch.rand((seq_len, num_kv_heads, layout.num_groups), generator=generator)
-            arrays[name][block, :, :, offset] = (scales + 0.5).half()
+            size = (seq_len, num_kv_heads, layout.num_groups)
+            scales = torch.rand(size, generator=generator) + 0.5
+            if name == "key_scale":
+                scales *= torch.where(torch.rand(size, generator=generator) < 0.2, -1, 1)
+            arrays[name][block, :, :, offset] = scales.half()
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     return Case(
         query=(normal(int(starts[-1]), num_kv_heads * group_size, head_dim) * sharpness).to(dtype),
@@ -83,7 +91,7 @@ def make_case(
         block_table=table,
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         query_start_loc=starts,
-        center=normal(num_kv_heads, head_dim),
+        key_frame=random_frame(num_kv_heads, head_dim, generator),
         scale=head_dim**-0.5,
     )
 
@@ -93,7 +101,7 @@ def attend(case: Case, out_dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     out = torch.full_like(case.query, torch.nan, dtype=out_dtype, device="cuda")
     lse = torch.full(case.query.shape[1::-1], torch.nan, device="cuda")
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
-    arguments = [x.cuda() for x in (*tensors, case.center)]
+    arguments = [x.cuda() for x in (*tensors, case.key_frame)]
     ops.paged_attention(*arguments, case.scale, case.causal, out, lse)
     torch.cuda.synchronize()
     return out.cpu(), lse.cpu()
@@ -113,7 +121,7 @@ def check_attention(case: Case, bar: float = 2e-2) -> float:
         case.block_table,
         case.seq_lens,
         case.query_start_loc,
-        case.center,
+        case.key_frame,
         case.scale,
         causal=case.causal,
     )
@@ -129,35 +137,67 @@ def check_attention(case: Case, bar: float = 2e-2) -> float:
     return error
 
 
+def key_sink_bits(cache: Tensor, head_dim: int) -> Tensor:
+    """Sign bits of the key scales: [num_blocks, num_kv_heads, num_groups, block_size]."""
+    return reference.block_arrays(cache, SlotLayout(head_dim))["key_scale"].signbit()
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_store_writes_the_bytes_of_the_cpu(
     head_dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
+    """In a random frame, with keys everywhere between its origins."""
     generator = torch.Generator().manual_seed(head_dim + block_size)
     num_tokens, num_kv_heads, num_blocks = 200, 3, 20
     layout = SlotLayout(head_dim)
     # Rows of a fused projection: strides that are no multiple of the head's size.
     fused = torch.randn(num_tokens, 2 * num_kv_heads * head_dim + 24, generator=generator) * 3
+    key_frame = random_frame(num_kv_heads, head_dim, generator)
+    center, sink, balance = key_frame.unbind(dim=1)
+    keys = fused[:, 8:-16].chunk(2, dim=1)[0].unflatten(1, (num_kv_heads, head_dim))
+    way = torch.rand(num_tokens, num_kv_heads, 1, generator=generator)
+    keys.copy_(keys / balance + center + way * (sink - center))
     fused[5] = 0
+    keys[6], keys[8] = center, sink
     key, value = (
         part.unflatten(1, (num_kv_heads, head_dim))
         for part in fused.to(dtype)[:, 8:-16].chunk(2, dim=1)
     )
-    center = torch.randn(num_kv_heads, head_dim, generator=generator)
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
     slots[::7] = -1
     shape = (num_blocks, num_kv_heads, block_size, layout.slot_bytes)
     want = torch.full(shape, POISON, dtype=torch.uint8)
     got = want.cuda()
-    ops.store(key, value, center, want, slots)
+    ops.store(key, value, key_frame, want, slots)
     fused_gpu = fused.to(dtype).cuda()
     key, value = (
         part.unflatten(1, (num_kv_heads, head_dim)) for part in fused_gpu[:, 8:-16].chunk(2, dim=1)
     )
-    ops.store(key, value, center.cuda(), got, slots.cuda())
+    ops.store(key, value, key_frame.cuda(), got, slots.cuda())
     assert torch.equal(got.cpu(), want)
+    written = slots[slots >= 0]
+    at_sink = key_sink_bits(want, head_dim)[written // block_size, ..., written % block_size]
+    assert 0.3 < at_sink.double().mean() < 0.7  # [num_tokens, num_kv_heads, num_groups]
+    assert layout.num_groups == 1 or (at_sink[..., 0] != at_sink[..., 1]).any()
+
+
+@pytest.mark.parametrize("special", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_keys_that_are_not_numbers_stay_at_the_center(special: float) -> None:
+    """Group by group; of their bytes, only a NaN's payload is not the CPU's."""
+    key_frame = random_frame(1, 256, torch.Generator().manual_seed(1))
+    key = key_frame[:, SINK].repeat(16, 1, 1)
+    key[1], key[2, :, 5], key[3, :, 200] = special, special, special
+    want = torch.full((1, 1, 16, 168), POISON, dtype=torch.uint8)
+    got = want.cuda()
+    slots, value = torch.arange(16), torch.zeros_like(key)
+    ops.store(key, value, key_frame, want, slots)
+    ops.store(key.cuda(), value.cuda(), key_frame.cuda(), got, slots.cuda())
+    at_sink = [[True, True], [False, False], [False, True], [True, False]]
+    assert key_sink_bits(got.cpu(), 256)[0, 0, :, :4].T.tolist() == at_sink
+    arrays = [reference.block_arrays(cache, SlotLayout(256)) for cache in (got.cpu(), want)]
+    torch.testing.assert_close(*arrays, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6, 7, 8, 16])
@@ -192,6 +232,40 @@ def test_batch_and_context(seq_lens: list[int], num_kv_heads: int) -> None:
 @pytest.mark.parametrize("sharpness", [0.0, 5.0, 30.0])
 def test_flat_and_peaked_softmax(sharpness: float) -> None:
     check_attention(make_case([5000, 70], sharpness=sharpness, seed=5))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_origins_are_seen(head_dim: int) -> None:
+    """No key, some groups, every key at the sink: other outputs, each the reference's."""
+    case = make_case([300, 1000, 33], head_dim=head_dim, seed=14)
+    scale = reference.block_arrays(case.kv_cache, SlotLayout(head_dim))["key_scale"]
+    magnitude = scale.abs()
+    mixed, _ = attend(case)
+    check_attention(case)
+    for sign in (1, -1):
+        scale.copy_(sign * magnitude)
+        check_attention(case)
+        assert relative_error(attend(case)[0], mixed) > 0.1
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_keys_that_equal_an_origin(head_dim: int) -> None:
+    """Scales of 0 of either sign: a score is q . center or q . sink, and nothing else."""
+    case = make_case([500, 40], head_dim=head_dim, seed=15)
+    scale = reference.block_arrays(case.kv_cache, SlotLayout(head_dim))["key_scale"]
+    scale.copy_(torch.zeros(()).half().copysign(scale))
+    check_attention(case)
+    _, lse = attend(case)
+    center, sink, _ = case.key_frame.double().unbind(dim=1)
+    for req, seq_len in enumerate((500, 40)):
+        code, _ = reference.load(
+            case.kv_cache, case.block_table[req], seq_len, SlotLayout(head_dim)
+        )
+        at_sink = code.at_sink.repeat_interleave(SlotLayout(head_dim).group, dim=-1)
+        key = torch.where(at_sink, sink, center)
+        query = case.query[req].double().unflatten(0, (2, 4))
+        want = torch.einsum("hrd,thd->hrt", query, key).mul(case.scale).logsumexp(dim=-1)
+        torch.testing.assert_close(lse[:, req].double(), want.flatten(), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("query_len", [2, 5, 16])
@@ -254,7 +328,7 @@ def test_pool_past_two_gibibytes() -> None:
 def test_graph_replay_with_other_lengths() -> None:
     case = make_case([4000, 900, 64, 1], seed=11)
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
-    arguments = [x.cuda() for x in (*tensors, case.center)]
+    arguments = [x.cuda() for x in (*tensors, case.key_frame)]
     lengths = arguments[3]
     out = torch.empty_like(case.query, device="cuda")
     lse = torch.empty(case.query.shape[1::-1], device="cuda")
@@ -284,7 +358,7 @@ def test_dequantize_equals_the_cpu(head_dim: int, dtype: torch.dtype) -> None:
     rows = torch.tensor([0, 400, 490, 491], dtype=torch.int32)
     want = [torch.full((500, 2, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
     got = [x.cuda() for x in want]
-    arguments = (case.kv_cache, case.block_table, starts, rows, case.center)
+    arguments = (case.kv_cache, case.block_table, starts, rows, case.key_frame)
     ops.dequantize(*arguments, *want)
     ops.dequantize(*(x.cuda() for x in arguments), *got)
     for x, y in zip(got, want, strict=True):
@@ -301,7 +375,7 @@ def test_scratch_is_used_where_it_is_given() -> None:
     case = make_case([3000, 40, 700], seed=13)
     want, want_lse = attend(case)
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
-    arguments = [x.cuda() for x in (*tensors, case.center)]
+    arguments = [x.cuda() for x in (*tensors, case.key_frame)]
     num_tokens, num_heads, head_dim = case.query.shape
     enough = ops.paged_attention_scratch_bytes(3, num_tokens, num_heads, 2, head_dim)
     scratch = torch.full((enough,), POISON, dtype=torch.uint8, device="cuda")
@@ -316,18 +390,45 @@ def test_scratch_is_used_where_it_is_given() -> None:
         ops.paged_attention(*arguments, case.scale, True, out, lse, scratch.view(torch.float32))
 
 
-def test_refusals_name_the_argument() -> None:
+def test_tickets_are_zero_between_calls() -> None:
+    """Calls of other shapes, with one split and with many, hand each other the same tickets."""
+    tickets = torch.zeros(4 * 2, dtype=torch.int32, device="cuda")
+    for seq_lens in ([3000, 40, 0, 700], [5], [20_000, 1], [3000, 40, 0, 700]):
+        case = make_case(seq_lens, seed=17)
+        want, want_lse = attend(case)
+        tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
+        arguments = [x.cuda() for x in (*tensors, case.key_frame)]
+        out = torch.full_like(want, torch.nan, device="cuda")
+        lse = torch.full_like(want_lse, torch.nan, device="cuda")
+        ops.paged_attention(*arguments, case.scale, True, out, lse, tickets=tickets)
+        assert torch.equal(out.cpu(), want) and torch.equal(lse.cpu(), want_lse)
+        assert not tickets.any()
+    with pytest.raises(RuntimeError, match="tickets has 3 elements, expected 8"):
+        ops.paged_attention(*arguments, case.scale, True, out, lse, tickets=tickets[:3])
+    with pytest.raises(RuntimeError, match="tickets is int64, expected int32"):
+        ops.paged_attention(*arguments, case.scale, True, out, lse, tickets=tickets.long())
+
+
+@pytest.mark.parametrize("argument", ["block_table", "key_frame"])
+def test_refusals_name_the_argument(argument: str) -> None:
     case = make_case([100])
-    with pytest.raises(RuntimeError, match="block_table must be on the CUDA device"):
-        ops.paged_attention(
-            case.query.cuda(),
-            case.kv_cache.cuda(),
-            case.block_table,
-            case.seq_lens.cuda(),
-            case.query_start_loc.cuda(),
-            case.center.cuda(),
-            case.scale,
-            True,
-            case.query.cuda(),
-            torch.empty(8, 1, device="cuda"),
-        )
+    given = {name: x.cuda() for name, x in vars(case).items() if isinstance(x, Tensor)}
+    given[argument] = given[argument].cpu()
+    out, lse = torch.empty_like(given["query"]), torch.empty(8, 1, device="cuda")
+    with pytest.raises(RuntimeError, match=f"{argument} must be on the CUDA device"):
+        ops.paged_attention(**given, scale=case.scale, causal=True, out=out, lse=lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_keys_that_equal_an_origin_come_back_exactly(head_dim: int) -> None:
+    case = make_case([40], head_dim=head_dim, seed=16)
+    scale = reference.block_arrays(case.kv_cache, SlotLayout(head_dim))["key_scale"]
+    scale.copy_(torch.zeros(()).half().copysign(scale))
+    code, _ = reference.load(case.kv_cache, case.block_table[0], 40, SlotLayout(head_dim))
+    at_sink = code.at_sink.repeat_interleave(SlotLayout(head_dim).group, dim=-1)
+    key, value = torch.full((2, 40, 2, head_dim), torch.nan, device="cuda")
+    rows = torch.tensor([0, 40], dtype=torch.int32)
+    arguments = (case.kv_cache, case.block_table, rows[:1], rows, case.key_frame)
+    ops.dequantize(*(x.cuda() for x in arguments), key, value)
+    want = torch.where(at_sink, case.key_frame[:, SINK], case.key_frame[:, CENTER])
+    assert torch.equal(key.cpu(), want)

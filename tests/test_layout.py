@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_turboquant.frame import BALANCE, SINK, plain_frame
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.reference import (
     KeyCode,
@@ -34,6 +35,12 @@ PINNED = {
     64: "3a88fc1dc31b82abbf3581153327332775dccc2249b26d778dc46719cf3947a5",
     128: "d4aa12277a0a8640ded87ebd762be74e4129c9678fd9956951ee832c4b5a254c",
     256: "cbdd29c129fe553dd55cad2594f5074beb062217b62477e2a6f6f75e1947082f",
+}
+# The same with a sink and a balance.
+PINNED_IN_FRAME = {
+    64: "4420e54228e2eb2aa5363038b7c9e8e5ceaae767d9750fb82b1a3c3f57af5a15",
+    128: "3f7f1a7f48e16ecd3ad757dd833912fca397d31aabca6b4149eda3fbcd0c23c4",
+    256: "c88828b6df6aee8ef4ebdf25293f6c19884e7eb5f93288fd2da2525e06509e4a",
 }
 
 
@@ -136,6 +143,20 @@ def test_region_literals() -> None:
     assert region == bytes(expected)
 
 
+def test_scale_literals() -> None:
+    """A key scale's sign bit is the origin, also of 0; of a value scale, it would be a sign."""
+    layout = SlotLayout(256)
+    cache = torch.zeros(1, 1, 16, 168, dtype=torch.uint8)
+    key_scales = struct.pack("<4H", 0x3C00, 0xBC00, 0x0000, 0x8000)  # 1, -1, 0, -0
+    region = cache.view(-1)
+    region[2560:2568] = torch.frombuffer(bytearray(key_scales), dtype=torch.uint8)  # group 0
+    region[2592:2600] = region[2560:2568].view(torch.int16).flip(0).view(torch.uint8)  # group 1
+    code, _ = load(cache, torch.tensor([0]), 4, layout)
+    assert code.scale[:, 0].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+    assert not code.scale.signbit().any()
+    assert code.at_sink[:, 0].tolist() == [[False, True], [True, False]] * 2
+
+
 def formula_codes(layout: SlotLayout, shape: tuple[int, ...]) -> tuple[KeyCode, ValueCode]:
     """Codes that differ in every place, from integers alone; leading axes ``shape``."""
 
@@ -149,7 +170,10 @@ def formula_codes(layout: SlotLayout, shape: tuple[int, ...]) -> tuple[KeyCode, 
 
     dim = layout.head_dim
     key = KeyCode(
-        (integers(dim, 7919) % 4).to(torch.uint8), integers(dim, 104729) % 2 == 1, scales(1299709)
+        (integers(dim, 7919) % 4).to(torch.uint8),
+        integers(dim, 104729) % 2 == 1,
+        scales(1299709),
+        integers(layout.num_groups, 15487469) % 2 == 1,
     )
     return key, ValueCode((integers(dim, 15485863) % 4).to(torch.uint8), scales(32452843))
 
@@ -170,11 +194,12 @@ def pack_region(key: KeyCode, value: ValueCode) -> bytes:
         by_group = [row[group] for group in range(len(rows[0])) for row in rows]
         return struct.pack(f"<{len(by_group)}e", *by_group)
 
+    signed = key.scale * (1 - 2 * key.at_sink.half())  # -0 where a scale of 0 is at the sink
     return (
         fields(key.index.tolist(), 2)
         + fields(key.sign.tolist(), 1)
         + fields(value.index.tolist(), 2)
-        + scales(key.scale.tolist())
+        + scales(signed.tolist())
         + scales(value.scale.tolist())
     )
 
@@ -184,7 +209,7 @@ def pack_cache(key: KeyCode, value: ValueCode) -> bytes:
     num_blocks, _, num_heads = key.index.shape[:3]
     return b"".join(
         pack_region(
-            KeyCode(key.index[b, :, h], key.sign[b, :, h], key.scale[b, :, h]),
+            KeyCode(*(part[b, :, h] for part in vars(key).values())),
             ValueCode(value.index[b, :, h], value.scale[b, :, h]),
         )
         for b in range(num_blocks)
@@ -206,6 +231,7 @@ def test_golden_bytes_are_read_back(head_dim: int, block_size: int) -> None:
         (got_key.index, key.index),
         (got_key.sign, key.sign),
         (got_key.scale, key.scale),
+        (got_key.at_sink, key.at_sink),
         (got_value.index, value.index),
         (got_value.scale, value.scale),
     ):
@@ -220,14 +246,16 @@ def test_golden_bytes_are_stored(head_dim: int, block_size: int) -> None:
     layout = SlotLayout(head_dim)
     num_blocks, num_heads = 3, 2
     key, value, center = formula_tensors(num_blocks * block_size, num_heads, head_dim)
+    key_frame = formula_frame(center)
     cache = torch.full(
         (num_blocks, num_heads, block_size, layout.slot_bytes), CANARY, dtype=torch.uint8
     )
     block_order = torch.tensor([1, 2])  # block 0 stays untouched
     slots = (block_order[:, None] * block_size + torch.arange(block_size)).flatten()
     rows = slots.flip(0)  # row t of the input goes to slot rows[t]
-    store(key[: len(rows)], value[: len(rows)], center, cache, rows)
-    coded_key = encode_keys(key[: len(rows)].flip(0), center, layout)
+    store(key[: len(rows)], value[: len(rows)], key_frame, cache, rows)
+    coded_key = encode_keys(key[: len(rows)].flip(0), key_frame, layout)
+    assert coded_key.at_sink.any() and not coded_key.at_sink.all()
     coded_value = encode_values(value[: len(rows)].flip(0), layout)
     shape = (2, block_size, num_heads)
     expected = bytes([CANARY]) * (num_heads * block_size * layout.slot_bytes) + pack_cache(
@@ -254,10 +282,31 @@ def formula_tensors(
     return key, value, center
 
 
+def formula_frame(center: Tensor) -> Tensor:
+    """A sink and a balance for ``center``, exact in float32, with keys around both origins."""
+    frame = plain_frame(center)
+    j = torch.arange(center.numel()).view_as(center)
+    frame[:, SINK] += (j * 7919 % 31 - 15) / 16.0
+    frame[:, BALANCE] = (j * 3571 % 61 + 4) / 16.0
+    return frame
+
+
+def digest(key: Tensor, value: Tensor, key_frame: Tensor) -> str:
+    """SHA-256 of two blocks that hold 32 tokens of two heads."""
+    cache = torch.zeros(2, 2, 16, SlotLayout(key.shape[-1]).slot_bytes, dtype=torch.uint8)
+    store(key, value, key_frame, cache, torch.arange(32))
+    return hashlib.sha256(bytes(cache.flatten().tolist())).hexdigest()
+
+
 @pytest.mark.parametrize("head_dim", PINNED)
 def test_format_is_pinned(head_dim: int) -> None:
     """No change of rotation, codebook, scale, packing or order goes unnoticed."""
     key, value, center = formula_tensors(32, 2, head_dim)
-    cache = torch.zeros(2, 2, 16, SlotLayout(head_dim).slot_bytes, dtype=torch.uint8)
-    store(key, value, center, cache, torch.arange(32))
-    assert hashlib.sha256(bytes(cache.flatten().tolist())).hexdigest() == PINNED[head_dim]
+    assert digest(key, value, plain_frame(center)) == PINNED[head_dim]
+
+
+@pytest.mark.parametrize("head_dim", PINNED_IN_FRAME)
+def test_format_is_pinned_in_a_frame(head_dim: int) -> None:
+    """Nor does one of the choice of an origin, or of the balance."""
+    key, value, center = formula_tensors(32, 2, head_dim)
+    assert digest(key, value, formula_frame(center)) == PINNED_IN_FRAME[head_dim]

@@ -22,7 +22,7 @@ def store_arguments() -> Arguments:
     return {
         "key": key,
         "value": value,
-        "center": batch.center,
+        "key_frame": batch.key_frame,
         "kv_cache": batch.kv_cache,
         "slot_mapping": batch.slot_mapping,
     }
@@ -36,7 +36,7 @@ def attention_arguments() -> Arguments:
         "block_table": batch.block_table,
         "seq_lens": batch.seq_lens,
         "query_start_loc": batch.query_start_loc,
-        "center": batch.center,
+        "key_frame": batch.key_frame,
         "scale": 0.125,
         "causal": True,
         "out": torch.zeros_like(batch.query),
@@ -52,7 +52,7 @@ def dequantize_arguments() -> Arguments:
         "block_table": batch.block_table,
         "seq_starts": torch.zeros(2, dtype=torch.int32),
         "cu_seq_lens": torch.tensor([0, 20, 27], dtype=torch.int32),
-        "center": batch.center,
+        "key_frame": batch.key_frame,
         "key_out": key_out,
         "value_out": value_out,
     }
@@ -87,6 +87,10 @@ def last_axis_strided(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
+def parts_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def with_value(index: int, value: int) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
         changed = x.clone()
@@ -102,8 +106,10 @@ REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ("store", "key", lambda x: x[:4], "expected at least slot_mapping's 20"),
     ("store", "key", last_axis_strided, "key has stride 2 along head_dim, expected 1"),
     ("store", "value", lambda x: x[:, :1], "value has shape [20, 1, 64], expected [any, 2, 64]"),
-    ("store", "center", half, "center is float16, expected float32"),
-    ("store", "center", lambda x: x[:1], "center has shape [1, 64], expected [2, 64]"),
+    ("store", "key_frame", half, "key_frame is float16, expected float32"),
+    ("store", "key_frame", lambda x: x[:1], "key_frame has shape [1, 3, 64], expected [2, 3, 64]"),
+    ("store", "key_frame", lambda x: x[:, 0], "key_frame has shape [2, 64], expected [2, 3, 64]"),
+    ("store", "key_frame", last_axis_strided, "key_frame must be contiguous"),
     ("store", "kv_cache", lambda x: x.short(), "kv_cache is another dtype, expected uint8"),
     ("store", "kv_cache", lambda x: x[..., :43], "expected [any, any, any, 44]"),
     ("store", "kv_cache", lambda x: x[:, :, :8], "kv_cache has block_size 8, expected a multiple"),
@@ -125,6 +131,9 @@ REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ("paged_attention", "seq_lens", long, "seq_lens is int64, expected int32"),
     ("paged_attention", "query_start_loc", lambda x: x[:2], "query_start_loc has shape [2]"),
     ("paged_attention", "query_start_loc", with_value(2, 99), "query_start_loc ends at row 99"),
+    ("paged_attention", "key_frame", double, "key_frame is float64, expected float32"),
+    ("paged_attention", "key_frame", lambda x: x[:, :2], "shape [2, 2, 64], expected [2, 3, 64]"),
+    ("paged_attention", "key_frame", parts_first, "key_frame must be contiguous"),
     ("paged_attention", "out", double, "out is float64, expected float32, float16 or bfloat16"),
     ("paged_attention", "out", lambda x: x[:2], "query, out and lse have 6, 2 and 6"),
     ("paged_attention", "lse", half, "lse is float16, expected float32"),
@@ -132,6 +141,9 @@ REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ("dequantize", "cu_seq_lens", with_value(2, 99), "cu_seq_lens ends at row 99"),
     ("dequantize", "seq_starts", with_value(0, 40), "seq_starts asks for tokens up to 60"),
     ("dequantize", "seq_starts", with_value(1, -1), "seq_starts asks for tokens up to 6"),
+    ("dequantize", "key_frame", half, "key_frame is float16, expected float32"),
+    ("dequantize", "key_frame", lambda x: x[..., :32], "shape [2, 3, 32], expected [2, 3, 64]"),
+    ("dequantize", "key_frame", parts_first, "key_frame must be contiguous"),
     ("dequantize", "key_out", double, "key_out is float64"),
     ("dequantize", "value_out", lambda x: x[:20], "key_out and value_out have 27 and 20"),
 ]

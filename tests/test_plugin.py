@@ -193,7 +193,7 @@ def test_an_unsupported_configuration_is_refused_before_the_engine_starts(tiny_l
     assert_one_line(error.value, "--worker-cls my.Worker takes the place of the worker that")
 
 
-def test_only_our_cache_gets_the_worker_that_centers_keys(tiny_llama: Path) -> None:
+def test_only_our_cache_gets_the_worker_that_measures_keys(tiny_llama: Path) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     config = engine_config(tiny_llama)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_turboquant.codebook import solve_codebook
+from vllm_turboquant.frame import BALANCE, CENTER, SINK, plain_frame
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.reference import (
     FLOAT16_MAX,
@@ -21,6 +22,7 @@ from vllm_turboquant.reference import (
     tree_sum,
 )
 from vllm_turboquant.rotation import ROTATION, Rotation, hadamard
+from vllm_turboquant.testing import random_frame
 
 HALF_ROUNDING = 2**-11  # relative, of a normal float16
 HALF_TINY = 2**-25  # absolute, of a subnormal float16
@@ -40,6 +42,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def split(x: Tensor, layout: SlotLayout) -> Tensor:
     """[..., head_dim] to [..., num_groups, group]."""
     return x.unflatten(-1, (layout.num_groups, layout.group))
+
+
+def zero_frame(dim: int) -> Tensor:
+    """The frame of keys of one head that are coded as they are."""
+    return plain_frame(torch.zeros(1, dim))
 
 
 def vector_kinds(dim: int) -> dict[str, Tensor]:
@@ -79,8 +86,10 @@ def test_codes_follow_the_equations(head_dim: int) -> None:
     h = hadamard(torch.eye(d, dtype=torch.float64)) / math.sqrt(d)
     r1, r2, r3 = (h * signs[:d].double() for signs in vars(ROTATION).values())
     key, value = normal(50, 2, head_dim, seed=1), normal(50, 2, head_dim, seed=2)
-    center = normal(2, head_dim, seed=3)
-    near = 64 * 2**-24 * math.sqrt(d)  # rounding of u and of its residual, relative to |u|
+    key_frame = random_frame(2, head_dim, seeded(3))
+    center, sink, balance = key_frame.unbind(dim=1)
+    key = key / balance + torch.where(torch.arange(50)[:, None, None] % 3 == 0, sink, center)
+    tie = 64 * 2**-24 * math.sqrt(d)  # rounding of u and of its residual, relative to |u|
 
     def quantize(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length = x.norm(dim=-1, keepdim=True)
@@ -88,16 +97,23 @@ def test_codes_follow_the_equations(head_dim: int) -> None:
         centroids = torch.tensor(book.centroids, dtype=torch.float64)
         distance = (u[..., None] - centroids).abs()
         two = distance.sort(dim=-1).values
-        return length, u, distance.argmin(dim=-1), two[..., 1] - two[..., 0] > near
+        return length, u, distance.argmin(dim=-1), two[..., 1] - two[..., 0] > tie
 
-    length, u, index, clear = quantize(split((key - center).double(), layout), r1)
-    code = encode_keys(key, center, layout)
+    from_center, from_sink = (
+        split((key - origin).double() * balance.double(), layout) for origin in (center, sink)
+    )
+    at_sink = from_sink.norm(dim=-1) < from_center.norm(dim=-1)
+    assert 0.2 < at_sink.double().mean() < 0.5
+    code = encode_keys(key, key_frame, layout)
+    assert torch.equal(code.at_sink, at_sink)
+    x = torch.where(at_sink[..., None], from_sink, from_center)
+    length, u, index, clear = quantize(x, r1)
     got_index = split(code.index, layout)
     assert clear.double().mean() > 0.99
     assert torch.equal(got_index[clear], index[clear].to(torch.uint8))
     centroid = torch.tensor(book.centroids, dtype=torch.float64)[got_index.long()]
     projected = (u - centroid) @ r2.T
-    clear = projected.abs() > near
+    clear = projected.abs() > tie
     assert clear.double().mean() > 0.99
     sign = split(code.sign, layout)
     assert torch.equal(sign[clear], projected[clear] > 0)
@@ -106,8 +122,9 @@ def test_codes_follow_the_equations(head_dim: int) -> None:
     torch.testing.assert_close(
         code.scale.double(), alpha, rtol=HALF_ROUNDING + ENCODE_ROUNDING, atol=0
     )
-    decoded = alpha[..., None] * estimate @ r1
-    error = split(decode_keys(code, center, layout), layout) - split(center.double(), layout)
+    decoded = alpha[..., None] * estimate @ r1 / split(balance.double(), layout)
+    origin = torch.where(at_sink[..., None], split(sink, layout), split(center, layout)).double()
+    error = split(decode_keys(code, key_frame, layout), layout) - origin
     assert (error - decoded).norm() <= (HALF_ROUNDING + ENCODE_ROUNDING) * decoded.norm()
 
     length, u, index, clear = quantize(split(value.double(), layout), r3)
@@ -139,12 +156,19 @@ def test_scale_makes_overlap_exact(head_dim: int) -> None:
     layout = SlotLayout(head_dim)
     kinds = torch.stack(list(vector_kinds(head_dim // layout.num_groups).values()))
     x = torch.cat([kinds.repeat(1, layout.num_groups), normal(500, head_dim)])[:, None]
-    center = 3 * normal(1, head_dim, seed=9)
-    code = encode_keys(x, torch.zeros_like(center), layout)
-    assert_overlap(x, decode_keys(code, torch.zeros_like(center), layout), layout)
-    centered = (x + center) - center  # as encode_keys rounds it
-    decoded = decode_keys(encode_keys(x + center, center, layout), center, layout)
-    assert_overlap(centered, decoded - center.double(), layout)
+    as_they_are = zero_frame(head_dim)
+    decoded = decode_keys(encode_keys(x, as_they_are, layout), as_they_are, layout)
+    assert_overlap(x, decoded, layout)
+    key_frame = random_frame(1, head_dim, seeded(9))
+    balance = key_frame[:, BALANCE]
+    for row in (CENTER, SINK):
+        origin = key_frame[:, row]
+        key = 0.1 * x / balance + origin  # too close to its origin to start from the other
+        code = encode_keys(key, key_frame, layout)
+        assert (code.at_sink == (row == SINK)).all()
+        decoded = decode_keys(code, key_frame, layout)
+        stretched = (key - origin) * balance  # as encode_keys rounds it
+        assert_overlap(stretched, (decoded - origin.double()) * balance.double(), layout)
     assert_overlap(x, decode_values(encode_values(x, layout), layout), layout)
 
 
@@ -175,25 +199,26 @@ def test_adversarial_vectors(head_dim: int, data: st.DataObject) -> None:
         if x.norm() < 1e-3:
             continue  # its square underflows, or the scale is a subnormal float16
         x = (x / x.norm() * amplitude)[None, None]
-        center = torch.zeros(1, head_dim)
-        key, value = encode_keys(x, center, layout), encode_values(x, layout)
+        key_frame = zero_frame(head_dim)
+        key, value = encode_keys(x, key_frame, layout), encode_values(x, layout)
         for scale in (key.scale, value.scale):
             assert scale.isfinite().all()
             assert (scale > 0).all()
-        assert_overlap(x, decode_keys(key, center, layout), layout)
+        assert_overlap(x, decode_keys(key, key_frame, layout), layout)
         assert_overlap(x, decode_values(value, layout), layout)
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_zero_vectors(head_dim: int) -> None:
-    """A key that equals the center, and a zero value, come back exactly."""
+    """A key that equals the center or the sink, and a zero value, come back exactly."""
     layout = SlotLayout(head_dim)
-    center = normal(2, head_dim)
-    key, value = center.expand(3, 2, head_dim), torch.zeros(3, 2, head_dim)
-    key_code, value_code = encode_keys(key, center, layout), encode_values(value, layout)
+    key_frame = random_frame(2, head_dim, seeded(0))
+    center, sink, _ = key_frame.unbind(dim=1)
+    key, value = torch.stack([center, sink, center]), torch.zeros(3, 2, head_dim)
+    key_code, value_code = encode_keys(key, key_frame, layout), encode_values(value, layout)
     assert (key_code.scale == 0).all()
     assert (value_code.scale == 0).all()
-    assert torch.equal(decode_keys(key_code, center, layout), key.double())
+    assert torch.equal(decode_keys(key_code, key_frame, layout), key.double())
     assert torch.equal(decode_values(value_code, layout), value.double())
 
 
@@ -205,7 +230,7 @@ def test_ties() -> None:
     """
     center = normal(1, 128)
     rotation = Rotation(ROTATION.key, torch.ones(128), ROTATION.value)
-    code = encode_keys(center[None], center, SlotLayout(128), rotation)
+    code = encode_keys(center[None], plain_frame(center), SlotLayout(128), rotation)
     assert (code.index == 1).all()
     assert code.sign.all()
 
@@ -214,13 +239,13 @@ def test_ties() -> None:
 def test_huge_vectors_stay_finite(exponent: int) -> None:
     layout = SlotLayout(128)
     x = normal(20, 1, 128) * 10.0**exponent
-    center = torch.zeros(1, 128)
-    key, value = encode_keys(x, center, layout), encode_values(x, layout)
+    key_frame = zero_frame(128)
+    key, value = encode_keys(x, key_frame, layout), encode_values(x, layout)
     for scale in (key.scale, value.scale):
         assert scale.isfinite().all()
         if exponent > 5:  # the float16 scale saturates
             assert (scale == FLOAT16_MAX).all()
-    assert decode_keys(key, center, layout).isfinite().all()
+    assert decode_keys(key, key_frame, layout).isfinite().all()
     assert decode_values(value, layout).isfinite().all()
 
 
@@ -241,14 +266,17 @@ def test_tiny_vectors_stay_finite(exponent: int) -> None:
 def test_two_groups_are_coded_alone() -> None:
     """A head of 256 holds the bytes of two heads of 128."""
     whole, half = SlotLayout(256), SlotLayout(128)
-    key, value, center = normal(30, 3, 256), normal(30, 3, 256, seed=1), normal(3, 256, seed=2)
-    code, value_code = encode_keys(key, center, whole), encode_values(value, whole)
+    key, value = normal(30, 3, 256), normal(30, 3, 256, seed=1)
+    key_frame = random_frame(3, 256, seeded(2))
+    code, value_code = encode_keys(key, key_frame, whole), encode_values(value, whole)
+    assert (code.at_sink[..., 0] != code.at_sink[..., 1]).any()
     for group in range(2):
         part = slice(128 * group, 128 * (group + 1))
-        alone = encode_keys(key[..., part], center[:, part], half)
+        alone = encode_keys(key[..., part], key_frame[..., part], half)
         assert torch.equal(code.index[..., part], alone.index)
         assert torch.equal(code.sign[..., part], alone.sign)
         assert torch.equal(code.scale[..., group], alone.scale[..., 0])
+        assert torch.equal(code.at_sink[..., group], alone.at_sink[..., 0])
         value_alone = encode_values(value[..., part], half)
         assert torch.equal(value_code.index[..., part], value_alone.index)
         assert torch.equal(value_code.scale[..., group], value_alone.scale[..., 0])
@@ -256,7 +284,7 @@ def test_two_groups_are_coded_alone() -> None:
 
 def test_wrong_head_dim_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected head_dim 128, got shape \(3, 1, 64\)"):
-        encode_keys(torch.zeros(3, 1, 64), torch.zeros(1, 64), SlotLayout(128))
+        encode_keys(torch.zeros(3, 1, 64), zero_frame(64), SlotLayout(128))
 
 
 def assert_mean(sample: Tensor, expected: float, dropped: float) -> None:
@@ -277,8 +305,8 @@ def test_key_distortion(dim: int, measured: float) -> None:
     book, c1 = solve_codebook(2, dim), solve_codebook(1, dim).centroids[1]
     rho = book.qjl_scale
     left = book.distortion - 2 * rho * math.sqrt(book.distortion) * c1 + rho**2
-    x, center = normal(20_000, 1, dim), torch.zeros(1, dim)
-    decoded = decode_keys(encode_keys(x, center, layout), center, layout, dtype=torch.float32)
+    x, key_frame = normal(20_000, 1, dim), zero_frame(dim)
+    decoded = decode_keys(encode_keys(x, key_frame, layout), key_frame, layout, dtype=torch.float32)
     relative = ((decoded - x).norm(dim=-1) / x.norm(dim=-1)).square()[:, 0]
     expected = left / (1 - left)
     assert_mean(relative, expected, dropped=expected / dim)  # terms of relative size 1 / d
@@ -311,13 +339,13 @@ def test_inner_products_are_unbiased_over_random_diagonals(dim: int) -> None:
     x = torch.stack(list(kinds.values()))
     x = (x / x.norm(dim=-1, keepdim=True))[:, None]
     query = normal(len(kinds), 1, dim, seed=4)
-    center = torch.zeros(1, dim)
+    key_frame = zero_frame(dim)
     generator = seeded(5)
     errors = []
     for _ in range(num_rotations):
         rotation = Rotation.random(dim, generator)
-        code = encode_keys(x, center, layout, rotation)
-        decoded = decode_keys(code, center, layout, rotation, dtype=torch.float32)
+        code = encode_keys(x, key_frame, layout, rotation)
+        decoded = decode_keys(code, key_frame, layout, rotation, dtype=torch.float32)
         errors.append((query * (decoded - x)).sum(dim=-1)[:, 0])
     error = torch.stack(errors)
     score = error.mean(dim=0) / (error.std(dim=0) / math.sqrt(num_rotations))
@@ -332,10 +360,10 @@ def test_inner_products_are_unbiased_over_all_rotations(dim: int, cosine: float)
     Only the images of x and q matter, and those of unit vectors are any orthonormal pair (e, f):
     x = e and q = cos e + sin f.
     """
-    layout, center = SlotLayout(dim), torch.zeros(1, dim)
+    layout, key_frame = SlotLayout(dim), zero_frame(dim)
     e, g = normal(20_000, 1, dim, seed=6), normal(20_000, 1, dim, seed=7)
     e = e / e.norm(dim=-1, keepdim=True)
     f = g - (g * e).sum(dim=-1, keepdim=True) * e
     query = cosine * e + math.sqrt(1 - cosine**2) * f / f.norm(dim=-1, keepdim=True)
-    decoded = decode_keys(encode_keys(e, center, layout), center, layout)
+    decoded = decode_keys(encode_keys(e, key_frame, layout), key_frame, layout)
     assert_mean((query * (decoded - e)).sum(dim=-1)[:, 0], 0.0, dropped=0.0)

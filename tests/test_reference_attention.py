@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_turboquant.frame import BALANCE, CENTER, SINK, make_frame, plain_frame
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.reference import (
     attention,
@@ -24,6 +25,7 @@ from vllm_turboquant.reference import (
     score_codes,
     store,
 )
+from vllm_turboquant.testing import random_frame
 
 POISON_BYTE = 0xFF
 POISON_BLOCK = 2**31 - 1
@@ -56,11 +58,13 @@ HEADS = {"mha": (2, 2), "gqa": (6, 2)}  # num_heads, num_kv_heads
 class Paged:
     """A poisoned cache that holds the tokens of a batch in shuffled blocks.
 
+    A third of the groups of its keys lie around the sink.
+
     Attributes:
         cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         block_table: [num_reqs, max_blocks] int32.
         key, value: Per request [seq_len, num_kv_heads, head_dim] float32.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32; the difference of its origins is exact.
     """
 
     def __init__(
@@ -73,24 +77,29 @@ class Paged:
         shape = (num_blocks, num_kv_heads, block_size, self.layout.slot_bytes)
         self.cache = torch.full(shape, POISON_BYTE, dtype=torch.uint8)
         table = torch.full((len(seq_lens), max(blocks) + 2), POISON_BLOCK, dtype=torch.int32)
-        self.center = 5 * torch.randn(num_kv_heads, head_dim, generator=generator)
+        self.key_frame = random_frame(num_kv_heads, head_dim, generator)
+        self.key_frame[:, :BALANCE] = (self.key_frame[:, :BALANCE] * 64).round() / 64
+        center, sink, balance = self.key_frame.unbind(dim=1)
         self.key, self.value = [], []
         free = iter(torch.randperm(num_blocks, generator=generator).tolist())
         for req, (n, count) in enumerate(zip(seq_lens, blocks, strict=True)):
             ids = torch.tensor([next(free) for _ in range(count)], dtype=torch.int32)
             table[req, :count] = ids
             key, value = torch.randn(2, n, num_kv_heads, head_dim, generator=generator)
-            self.key.append(key + self.center)
+            groups = (n, num_kv_heads, self.layout.num_groups)
+            at_sink = torch.rand(groups, generator=generator) < 1 / 3
+            at_sink = at_sink.repeat_interleave(self.layout.group, dim=-1)
+            self.key.append(key / balance + torch.where(at_sink, sink, center))
             self.value.append(value)
             position = torch.arange(n)
             slots = ids[position // block_size].long() * block_size + position % block_size
-            store(self.key[req], value, self.center, self.cache, slots)
+            store(self.key[req], value, self.key_frame, self.cache, slots)
         self.block_table = table
 
     def decoded(self, req: int, seq_len: int) -> tuple[Tensor, Tensor]:
         """Decoded keys and values of a request, [seq_len, num_kv_heads, head_dim] float64."""
         key, value = load(self.cache, self.block_table[req], seq_len, self.layout)
-        return decode_keys(key, self.center, self.layout), decode_values(value, self.layout)
+        return decode_keys(key, self.key_frame, self.layout), decode_values(value, self.layout)
 
 
 def starts(query_lens: tuple[int, ...]) -> Tensor:
@@ -104,12 +113,23 @@ def queries(batch: Batch, num_heads: int, head_dim: int) -> Tensor:
 
 
 def score_rounding(query: Tensor, paged: Paged, scale: float) -> float:
-    """Bound the float64 rounding of a score: 2 d products and sums, of size |q| (|k^| + 2 |c|)."""
-    keys = torch.cat([paged.decoded(req, len(key))[0] for req, key in enumerate(paged.key)])
-    if not len(keys):
+    """Bound the float64 rounding of a score: 2 d products and sums, of size |q / b| |x^| + |q| |o|.
+
+    x^ = b (k^ - o) is the key as coded, and o has the larger coordinates of both origins.
+    """
+    center, sink, balance = paged.key_frame.double().unbind(dim=1)
+    as_coded = plain_frame(torch.zeros_like(center))
+    keys = [
+        decode_keys(load(paged.cache, table, len(key), paged.layout)[0], as_coded, paged.layout)
+        for table, key in zip(paged.block_table, paged.key, strict=True)
+    ]
+    reach = torch.cat(keys).norm(dim=-1)
+    if not len(reach):
         return 0.0
-    reach = keys.norm(dim=-1).max() + 2 * paged.center.norm(dim=-1).max()
-    return float(2 * query.shape[-1] * DOUBLE * scale * query.norm(dim=-1).max() * reach)
+    stretched = query / balance.repeat_interleave(query.shape[1] // len(balance), dim=0)
+    origin = torch.maximum(center.abs(), sink.abs()).norm(dim=-1).max()
+    size = stretched.norm(dim=-1).max() * reach.max() + query.norm(dim=-1).max() * origin
+    return float(2 * query.shape[-1] * DOUBLE * scale * size)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -129,7 +149,7 @@ def test_attention_is_sdpa_over_decoded(
         paged.block_table,
         torch.tensor(batch.seq_lens),
         first,
-        paged.center,
+        paged.key_frame,
         scale,
         causal=causal,
     )
@@ -163,18 +183,30 @@ def test_attention_is_sdpa_over_decoded(
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_scores_are_dot_products_with_decoded_keys(head_dim: int) -> None:
     paged = Paged((40,), 2, head_dim)
-    query = queries(Batch((3,), (40,)), 6, head_dim).view(3, 2, 3, head_dim)
+    query = queries(Batch((3,), (40,)), 6, head_dim)
+    grouped = query.view(3, 2, 3, head_dim)
     code, _ = load(paged.cache, paged.block_table[0], 40, paged.layout)
-    got = score_codes(query, code, paged.center, paged.layout)
-    expected = torch.einsum("qhrd,thd->qhrt", query, paged.decoded(0, 40)[0])
+    assert code.at_sink.any() and not code.at_sink.all()
+    got = score_codes(grouped, code, paged.key_frame, paged.layout)
+    expected = torch.einsum("qhrd,thd->qhrt", grouped, paged.decoded(0, 40)[0])
     assert got.shape == (3, 2, 3, 40)
     assert (got - expected).abs().max() <= score_rounding(query, paged, 1.0)
 
 
-def test_softmax_does_not_see_the_center() -> None:
-    """With q . c left out of every score the output stays; the lse moves by exactly scale q . c."""
+def shifted(key_frame: Tensor, shift: Tensor) -> Tensor:
+    """The frame with both origins moved by [num_kv_heads, head_dim]."""
+    result = key_frame.clone()
+    result[:, :BALANCE] += shift[:, None]
+    return result
+
+
+@pytest.mark.parametrize("shift", ["minus the center", "any"])
+def test_softmax_does_not_see_what_all_keys_share(shift: str) -> None:
+    """With both origins shifted the output stays; the lse moves by exactly scale q . shift."""
     batch, scale = Batch((3, 1), (20, 33)), 0.125
     paged, query = Paged(batch.seq_lens, 2, 64), queries(batch, 4, 64)
+    by = -paged.key_frame[:, CENTER] if shift == "minus the center" else torch.full((2, 64), 7.25)
+    moved_frame = shifted(paged.key_frame, by)
     inputs = (
         query,
         paged.cache,
@@ -182,29 +214,51 @@ def test_softmax_does_not_see_the_center() -> None:
         torch.tensor(batch.seq_lens),
         starts(batch.query_lens),
     )
-    out, lse = attention(*inputs, paged.center, scale)
-    bare_out, bare_lse = attention(*inputs, torch.zeros_like(paged.center), scale)
+    out, lse = attention(*inputs, paged.key_frame, scale)
+    moved_out, moved_lse = attention(*inputs, moved_frame, scale)
     rounding = score_rounding(query, paged, scale)
+    paged.key_frame = moved_frame
+    rounding = max(rounding, score_rounding(query, paged, scale))
     largest = max(paged.decoded(r, n)[1].norm(dim=-1).max() for r, n in enumerate(batch.seq_lens))
-    assert (out - bare_out).abs().max() <= 4 * (rounding + 64 * DOUBLE) * largest
-    constant = scale * torch.einsum(
-        "qhd,hd->hq", query, paged.center.double().repeat_interleave(2, dim=0)
-    )
+    assert (out - moved_out).abs().max() <= 4 * (rounding + 64 * DOUBLE) * largest
+    constant = scale * torch.einsum("qhd,hd->hq", query, by.double().repeat_interleave(2, dim=0))
     assert constant.abs().min() > 1e3 * rounding  # or the next line would show nothing
-    assert (lse - bare_lse - constant).abs().max() <= 4 * rounding
+    assert (moved_lse - lse - constant).abs().max() <= 4 * rounding
 
 
-def test_centered_keys_have_the_bytes_of_plain_ones() -> None:
-    """Keys k + c with center c are coded as keys k with center 0, where no addition rounds."""
+def test_softmax_sees_the_way_from_the_center_to_the_sink() -> None:
+    """Only some keys start from the sink: leaving it out changes the output."""
+    paged, query = Paged((20,), 2, 64), queries(Batch((3,), (20,)), 4, 64)
+    inputs = (query, paged.cache, paged.block_table, torch.tensor([20]), torch.tensor([0, 3]))
+    center, _, balance = paged.key_frame.unbind(dim=1)
+    out, lse = attention(*inputs, paged.key_frame, 0.125)
+    other_out, other_lse = attention(*inputs, make_frame(center, center, balance), 0.125)
+    assert (out - other_out).norm() > 0.1 * out.norm()
+    assert (lse - other_lse).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_what_all_keys_share_is_not_coded(head_dim: int) -> None:
+    """Keys and origins have the same bytes after a shift of all of them, if no addition rounds."""
     generator = torch.Generator().manual_seed(8)
-    key = torch.randint(-1000, 1000, (32, 2, 64), generator=generator) / 64
-    center = torch.randint(-1000, 1000, (2, 64), generator=generator) / 4
-    value = torch.zeros_like(key)
-    plain = torch.zeros(2, 2, 16, 44, dtype=torch.uint8)
-    shifted = plain.clone()
-    store(key, value, torch.zeros_like(center), plain, torch.arange(32))
-    store(key + center, value, center, shifted, torch.arange(32))
-    assert torch.equal(plain, shifted)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-1000, 1000, shape, generator=generator).float()
+
+    balance = torch.rand(2, head_dim, generator=generator) + 0.5
+    key_frame = make_frame(integers(2, head_dim) / 4, integers(2, head_dim) / 4, balance)
+    shift, value = integers(2, head_dim) / 4, torch.zeros(32, 2, head_dim)
+    at_sink = torch.arange(32)[:, None, None] % 3 == 0
+    key = integers(32, 2, head_dim) / 64
+    key += torch.where(at_sink, key_frame[:, SINK], key_frame[:, CENTER])
+    layout = SlotLayout(head_dim)
+    plain = torch.zeros(2, 2, 16, layout.slot_bytes, dtype=torch.uint8)
+    moved = plain.clone()
+    store(key, value, key_frame, plain, torch.arange(32))
+    store(key + shift, value, shifted(key_frame, shift), moved, torch.arange(32))
+    assert torch.equal(plain, moved)
+    code, _ = load(plain, torch.tensor([0, 1]), 32, layout)
+    assert torch.equal(code.at_sink, at_sink.expand_as(code.at_sink))
 
 
 @pytest.mark.parametrize("cut", [16, 48])
@@ -220,7 +274,7 @@ def test_halves_merge_by_lse(cut: int) -> None:
             table,
             torch.tensor([length]),
             torch.tensor([0, 2]),
-            paged.center,
+            paged.key_frame,
             scale,
             causal=False,
         )
@@ -244,25 +298,28 @@ def test_store_writes_its_slots_only(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     layout = SlotLayout(128)
     key, value = torch.randn(2, 7, 2, 128, generator=generator).to(dtype)
-    center = torch.randn(2, 128, generator=generator)
+    key_frame = random_frame(2, 128, generator)
+    key[2] = key_frame[:, SINK]
     key[5:], value[5:] = torch.nan, torch.nan  # padding
     key[1], value[1] = torch.nan, torch.nan  # its slot is -1
     slots = torch.tensor([40, -1, 3, 17, -1])
     cache = torch.full((4, 2, 16, 84), POISON_BYTE, dtype=torch.uint8)
-    store(key, value, center, cache, slots)
+    store(key, value, key_frame, cache, slots)
     expected = torch.full_like(cache, POISON_BYTE)
     for token in (0, 2, 3):
-        store(key[[token]], value[[token]], center, expected, slots[[token]])
+        store(key[[token]], value[[token]], key_frame, expected, slots[[token]])
     assert torch.equal(cache, expected)
     # The written slots, byte by byte, are as many as the layout says at most, and hold the codes.
     assert 0 < (cache != POISON_BYTE).sum() <= 3 * 2 * layout.slot_bytes
     for token, (block, offset) in {0: (2, 8), 2: (0, 3), 3: (1, 1)}.items():
         key_code, value_code = load(cache, torch.tensor([block]), offset + 1, layout)
-        expected_key = encode_keys(key[token], center, layout)
+        expected_key = encode_keys(key[token], key_frame, layout)
         expected_value = encode_values(value[token], layout)
         assert torch.equal(key_code.index[offset], expected_key.index)
         assert torch.equal(key_code.sign[offset], expected_key.sign)
         assert torch.equal(key_code.scale[offset], expected_key.scale)
+        assert torch.equal(key_code.at_sink[offset], expected_key.at_sink)
+        assert key_code.at_sink[offset].all() or token != 2
         assert torch.equal(value_code.index[offset], expected_value.index)
         assert torch.equal(value_code.scale[offset], expected_value.scale)
 
@@ -270,15 +327,15 @@ def test_store_writes_its_slots_only(dtype: torch.dtype) -> None:
 def test_store_overwrites_and_takes_nothing() -> None:
     generator = torch.Generator().manual_seed(4)
     key, value = torch.randn(2, 2, 1, 64, generator=generator)
-    center = torch.zeros(1, 64)
+    key_frame = plain_frame(torch.zeros(1, 64))
     cache = torch.full((1, 1, 16, 44), POISON_BYTE, dtype=torch.uint8)
-    store(key, value, center, cache, torch.tensor([], dtype=torch.int64))
-    store(key, value, center, cache, torch.tensor([-1, -1]))
+    store(key, value, key_frame, cache, torch.tensor([], dtype=torch.int64))
+    store(key, value, key_frame, cache, torch.tensor([-1, -1]))
     assert (cache == POISON_BYTE).all()
     twice = cache.clone()
-    store(key[:1], value[:1], center, twice, torch.tensor([5]))
-    store(key[1:], value[1:], center, twice, torch.tensor([5]))
-    store(key[1:], value[1:], center, cache, torch.tensor([5]))
+    store(key[:1], value[:1], key_frame, twice, torch.tensor([5]))
+    store(key[1:], value[1:], key_frame, twice, torch.tensor([5]))
+    store(key[1:], value[1:], key_frame, cache, torch.tensor([5]))
     assert torch.equal(cache, twice)
 
 
@@ -286,12 +343,12 @@ def test_store_reads_strided_tensors() -> None:
     """Key and value may be slices of one QKV projection; the cache a slice of a larger pool."""
     generator = torch.Generator().manual_seed(5)
     qkv = torch.randn(6, 4, 64, generator=generator)
-    key, value, center = qkv[:, 2:3], qkv[:, 3:4], torch.randn(1, 64, generator=generator)
+    key, value, key_frame = qkv[:, 2:3], qkv[:, 3:4], random_frame(1, 64, generator)
     slots = torch.tensor([0, 9, 17, 18, 31, 30])
     pool = torch.full((4, 1, 16, 44), POISON_BYTE, dtype=torch.uint8)
-    store(key, value, center, pool[1::2], slots)
+    store(key, value, key_frame, pool[1::2], slots)
     packed = torch.full((2, 1, 16, 44), POISON_BYTE, dtype=torch.uint8)
-    store(key.contiguous(), value.contiguous(), center, packed, slots)
+    store(key.contiguous(), value.contiguous(), key_frame, packed, slots)
     assert torch.equal(pool[1::2], packed)
     assert (pool[::2] == POISON_BYTE).all()
 
@@ -299,9 +356,9 @@ def test_store_reads_strided_tensors() -> None:
 def test_zero_and_saturated_slots_attend_finitely() -> None:
     """A zero key scores q . c, a saturated one scores finitely, and the output is a number."""
     key = torch.stack([torch.zeros(1, 64), torch.full((1, 64), 1e30), torch.ones(1, 64)])
-    center = torch.zeros(1, 64)
+    key_frame = plain_frame(torch.zeros(1, 64))
     cache = torch.zeros(1, 1, 16, 44, dtype=torch.uint8)
-    store(key, key, center, cache, torch.arange(3))
+    store(key, key, key_frame, cache, torch.arange(3))
     query = torch.ones(1, 1, 64, dtype=torch.float64)
     out, lse = attention(
         query,
@@ -309,7 +366,7 @@ def test_zero_and_saturated_slots_attend_finitely() -> None:
         torch.tensor([[0]]),
         torch.tensor([3]),
         torch.tensor([0, 1]),
-        center,
+        key_frame,
         0.125,
     )
     assert out.isfinite().all()

@@ -7,22 +7,30 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
-from vllm_turboquant.testing import empty_cache
+from vllm_turboquant.frame import BALANCE, SINK, make_frame, plain_frame
+from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.testing import empty_cache, random_frame
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def assert_same_bytes(
-    key: Tensor, value: Tensor, center: Tensor, slot_mapping: Tensor, block_size: int = 16
+    key: Tensor, value: Tensor, key_frame: Tensor, slot_mapping: Tensor, block_size: int = 16
 ) -> Tensor:
     """Store with both into poisoned pools, compare them, and return one."""
     num_blocks = max(1, int(slot_mapping.max()) // block_size + 1)
     want, got = (empty_cache(num_blocks, key.shape[1], block_size, key.shape[2]) for _ in range(2))
-    reference.store(key, value, center, want, slot_mapping)
-    ops.store(key, value, center, got, slot_mapping)
+    reference.store(key, value, key_frame, want, slot_mapping)
+    ops.store(key, value, key_frame, got, slot_mapping)
     different = (want != got).nonzero()
     assert not len(different), f"{len(different)} bytes differ, the first at {different[0]}"
     return got
+
+
+def sink_bits(cache: Tensor, head_dim: int, num_tokens: int) -> Tensor:
+    """Whether the first keys of a pool start from the sink: [num_tokens, num_heads, num_groups]."""
+    scale = reference.block_arrays(cache, SlotLayout(head_dim))["key_scale"]
+    return scale.signbit().permute(0, 3, 1, 2).flatten(0, 1)[:num_tokens]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,18 +38,28 @@ def assert_same_bytes(
     ("head_dim", "block_size"), [(64, 16), (64, 128), (128, 16), (128, 48), (256, 32), (512, 16)]
 )
 def test_bytes(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    """Random frames, keys everywhere between their origins."""
     generator = torch.Generator().manual_seed(head_dim + block_size)
     key, value = torch.randn(2, 700, 3, head_dim, generator=generator)
-    center = 5 * torch.randn(3, head_dim, generator=generator)
-    slots = torch.randperm(900, generator=generator)[:700]
-    assert_same_bytes((3 * key + center).to(dtype), value.to(dtype), center, slots, block_size)
+    key_frame = random_frame(3, head_dim, generator)
+    center, sink, balance = key_frame.unbind(dim=1)
+    way = torch.rand(700, 3, 1, generator=generator)
+    key = (3 * key / balance + center + way * (sink - center)).to(dtype)
+    slots = torch.randperm(700, generator=generator)
+    cache = assert_same_bytes(key, value.to(dtype), key_frame, slots, block_size)
+    at_sink = sink_bits(cache, head_dim, 700)
+    assert 0.3 < at_sink.double().mean() < 0.7
+    assert head_dim < 256 or (at_sink[..., 0] != at_sink[..., 1]).any()
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, -8, 0, 8, 15, 18])
 def test_bytes_at_extreme_magnitudes(exponent: int) -> None:
     generator = torch.Generator().manual_seed(exponent + 100)
     key, value = torch.randn(2, 64, 2, 128, generator=generator) * 10.0**exponent
-    assert_same_bytes(key, value, torch.zeros(2, 128), torch.arange(64))
+    assert_same_bytes(key, value, plain_frame(torch.zeros(2, 128)), torch.arange(64))
+    key_frame = random_frame(2, 128, generator)
+    key_frame[:, :BALANCE] *= 10.0**exponent
+    assert_same_bytes(key, value, key_frame, torch.arange(64))
 
 
 def test_bytes_of_special_vectors() -> None:
@@ -57,9 +75,43 @@ def test_bytes_of_special_vectors() -> None:
         center[0],
     ]
     value = torch.stack(vectors)[:, None]
-    shifted = assert_same_bytes(value + center, value, center, torch.arange(len(vectors)))
-    plain = assert_same_bytes(value, value, torch.zeros(1, 128), torch.arange(len(vectors)))
+    slots = torch.arange(len(vectors))
+    shifted = assert_same_bytes(value + center, value, plain_frame(center), slots)
+    plain = assert_same_bytes(value, value, plain_frame(torch.zeros(1, 128)), slots)
     assert torch.equal(shifted, plain)
+
+
+def test_bytes_of_keys_at_and_between_the_origins() -> None:
+    """Exactly at them, exactly halfway, a step off; each group of a key takes its own."""
+    j = torch.arange(256.0)
+    center, way = (3 * j - 50)[None], (j % 7 + 1)[None]  # integers: halfway is a tie
+    sink = center + 2 * way
+    key_frame = make_frame(center, sink, 2.0 ** (j % 3)[None])
+    step = ((j == 40) | (j == 200)).float()
+    groups = torch.cat([center[:, :128], sink[:, 128:]], dim=1)
+    key = torch.stack([center, sink, center + way, center + way + step, groups])
+    cache = assert_same_bytes(key, torch.zeros_like(key), key_frame, torch.arange(5))
+    expected = [[False] * 2, [True] * 2, [False] * 2, [True] * 2, [False, True]]
+    assert sink_bits(cache, 256, 5)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("special", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_that_are_not_numbers(dtype: torch.dtype, special: float) -> None:
+    """They stay at the center, group by group; of their bytes, only a NaN's payload is free."""
+    key_frame = random_frame(1, 256, torch.Generator().manual_seed(1))
+    key = key_frame[:, SINK].repeat(20, 1, 1)
+    key[1], key[2, :, 5], key[3, :, 200] = special, special, special
+    key = key.to(dtype)
+    caches = [empty_cache(2, 1, 16, 256) for _ in range(2)]
+    arrays = []
+    for cache, store in zip(caches, (reference.store, ops.store), strict=True):
+        store(key, torch.zeros_like(key), key_frame, cache, torch.arange(20))
+        expected = [[True] * 2, [False] * 2, [False, True], [True, False]] + [[True] * 2] * 16
+        assert sink_bits(cache, 256, 20)[:, 0].tolist() == expected, store
+        arrays.append(reference.block_arrays(cache, SlotLayout(256)))
+    want, got = arrays
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_strided_inputs_and_extra_rows() -> None:
@@ -70,33 +122,34 @@ def test_strided_inputs_and_extra_rows() -> None:
     _, key, value = fused.split([256, 128, 128], dim=-1)
     key, value = key.view(10, 2, 64), value.view(10, 2, 64)
     assert not key.is_contiguous()
-    assert_same_bytes(key, value, torch.zeros(2, 64), torch.arange(8))
+    assert_same_bytes(key, value, random_frame(2, 64, generator), torch.arange(8))
 
 
 def test_negative_slots_write_nothing() -> None:
     key, value = torch.randn(2, 5, 2, 64, generator=torch.Generator().manual_seed(2))
-    slots = torch.tensor([-1, 3, -1, -7, 20])
-    cache = assert_same_bytes(key, value, torch.zeros(2, 64), slots)
+    slots, key_frame = torch.tensor([-1, 3, -1, -7, 20]), plain_frame(torch.zeros(2, 64))
+    cache = assert_same_bytes(key, value, key_frame, slots)
     untouched = empty_cache(2, 2, 16, 64)
-    reference.store(key[[1, 4]], value[[1, 4]], torch.zeros(2, 64), untouched, slots[[1, 4]])
+    reference.store(key[[1, 4]], value[[1, 4]], key_frame, untouched, slots[[1, 4]])
     assert torch.equal(cache, untouched)
-    ops.store(key, value, torch.zeros(2, 64), cache, torch.full((5,), -1))
+    ops.store(key, value, key_frame, cache, torch.full((5,), -1))
     assert torch.equal(cache, untouched)
 
 
 def test_blocks_and_heads_with_other_strides() -> None:
-    key, value = torch.randn(2, 40, 2, 64, generator=torch.Generator().manual_seed(3))
-    center = torch.randn(2, 64)
+    generator = torch.Generator().manual_seed(3)
+    key, value = torch.randn(2, 40, 2, 64, generator=generator)
+    key_frame = random_frame(2, 64, generator)
     caches = [empty_cache(3, 2, 16, 64, head_major=head_major) for head_major in (False, True)]
     assert caches[0].stride() != caches[1].stride()
     for cache in caches:
-        ops.store(key, value, center, cache, torch.arange(40))
+        ops.store(key, value, key_frame, cache, torch.arange(40))
     assert torch.equal(*caches)
 
 
 def test_no_tokens() -> None:
     cache = empty_cache(1, 2, 16, 64)
     before = cache.clone()
-    empty = torch.empty(0, 2, 64)
-    ops.store(empty, empty, torch.zeros(2, 64), cache, torch.empty(0, dtype=torch.int64))
+    empty, key_frame = torch.empty(0, 2, 64), plain_frame(torch.zeros(2, 64))
+    ops.store(empty, empty, key_frame, cache, torch.empty(0, dtype=torch.int64))
     assert torch.equal(cache, before)

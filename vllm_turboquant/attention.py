@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_turboquant import ops
 from vllm_turboquant.errors import UnsupportedError
+from vllm_turboquant.frame import CENTER, plain_frame, relative_frame
 from vllm_turboquant.fresh import FreshRequests, flash_attention_version, fresh_attention
 from vllm_turboquant.metadata import PagedRequests, PrefillRequests, TurboQuant3Metadata
 from vllm_turboquant.scratch import Scratch
@@ -25,10 +26,11 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     """Attention of one layer.
 
     Attributes:
-        center: [num_kv_heads, head_dim] float32, subtracted from keys before they are coded. Filled
-            before the first token is stored and constant from then on.
-        observe_keys: Set while centers are measured: receives the keys of a run without a cache,
-            [num_tokens, num_kv_heads, head_dim], tokens of one sequence.
+        key_frame: [num_kv_heads, 3, head_dim] float32, what keys are coded in. Set before the first
+            token is stored and constant from then on.
+        relative_frame: The same for keys less their center.
+        observe: Set while frames are measured: receives queries [num_tokens, num_heads, head_dim]
+            and keys [num_tokens, num_kv_heads, head_dim] of one sequence, in a run without a cache.
 
     Raises:
         UnsupportedError: The layer needs something that is not supported; one line names it.
@@ -62,17 +64,27 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.center = torch.zeros(self.num_kv_heads, head_size, dtype=torch.float32)
-        self.observe_keys: Callable[[Tensor], None] | None = None
-        # Keys that only meet each other, or scores without the center's share, do without it: small
-        # numbers lose least in the model's dtype.
-        self.no_center = torch.zeros_like(self.center)
+        self.key_frame = plain_frame(torch.zeros(self.num_kv_heads, head_size))
+        # Keys that only meet each other, or scores without the center's share, do without the
+        # center: small numbers lose least in the model's dtype.
+        self.relative_frame = relative_frame(self.key_frame)
+        self.observe: Callable[[Tensor, Tensor], None] | None = None
         self.scratch: Scratch | None = None
-        if self.center.is_cuda:
+        if self.key_frame.is_cuda:
             flash_attention_version(head_size)
             self.scratch = Scratch.of_layer(
                 get_current_vllm_config(), num_heads, self.num_kv_heads, head_size
             )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What has to keep its contents, by name."""
+        buffers = {"key_frame": self.key_frame, "relative_frame": self.relative_frame}
+        return buffers | ({"tickets": self.scratch.tickets} if self.scratch else {})
+
+    def set_key_frame(self, key_frame: Tensor) -> None:
+        """Fix the frame of all keys to come: [num_kv_heads, 3, head_dim]."""
+        self.key_frame.copy_(key_frame)
+        self.relative_frame.copy_(relative_frame(key_frame))
 
     def do_kv_cache_update(
         self,
@@ -91,7 +103,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
             slot_mapping: [num_tokens] int64, -1 for padding.
         """
-        ops.store(key, value, self.center, kv_cache, slot_mapping)
+        ops.store(key, value, self.key_frame, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -114,7 +126,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             value: As ``key``.
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
             attn_metadata: None in runs without a cache: those in which vLLM measures memory, and
-                the one that measures centers.
+                the one that measures key frames.
             output: [num_tokens, num_heads, head_dim], written in place.
             output_scale: None; this implementation offers no fused output quantization.
             output_block_scale: As ``output_scale``.
@@ -138,12 +150,12 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     def _forward_without_cache(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor
     ) -> Tensor:
-        """Give nothing, or, where keys are observed, exact attention over one sequence."""
-        if self.observe_keys is None:
+        """Give nothing, or, while observed, exact attention over one sequence."""
+        if self.observe is None:
             if self.scratch:
                 self.scratch.reserve()
             return output.zero_()
-        self.observe_keys(key)
+        self.observe(query, key)
         sequence = FreshRequests.of_lengths([len(query)], query.device)
         fresh_attention(query, key, value, sequence, self.scale, output)
         return output
@@ -175,13 +187,15 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             attend_tile(query, key, value, tile, self.scale, output, lse)
 
     def _reconstruct(self, kv_cache: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Read a tile back into scratch, keys without their center."""
+        """Read a tile back into scratch, keys less their center."""
         assert self.scratch is not None, "tiles are planned on GPUs only"
-        return reconstruct(kv_cache, tile, self.no_center, self.scratch.tile())
+        return reconstruct(kv_cache, tile, self.relative_frame, self.scratch.tile())
 
     def _center_scores(self, query: Tensor) -> Tensor:
         """What the center adds to every score of a row: [num_heads, num_tokens] float32."""
-        center = self.center.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0)
+        center = self.key_frame[:, CENTER].repeat_interleave(
+            self.num_heads // self.num_kv_heads, dim=0
+        )
         return self.scale * (query * center).sum(dim=-1).T
 
     def _attend_codes(
@@ -201,11 +215,12 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             requests.block_table,
             requests.seq_lens,
             requests.query_start_loc,
-            self.center,
+            self.key_frame,
             self.scale,
             causal,
             output,
             lse,
             self.scratch.decode() if self.scratch else None,
+            self.scratch.tickets if self.scratch else None,
         )
         return lse

@@ -19,7 +19,7 @@ from vllm_turboquant.layout import BLOCK_SIZE_MULTIPLE, SUPPORTED_HEAD_DIMS, Slo
 from vllm_turboquant.options import read_options
 
 NAME = "TURBOQUANT3"
-WORKER = "vllm_turboquant.worker.CenteringWorker"
+WORKER = "vllm_turboquant.worker.MeasuringWorker"
 MAX_CUDA_HEAD_DIM = 256
 
 #: Kinds of models, as vLLM names them, whose attention is not that of a decoder.
@@ -196,7 +196,7 @@ def check_config(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in ("auto", WORKER):  # ours, where a configuration is derived
         raise UnsupportedError(
-            f"--worker-cls {parallel.worker_cls} takes the place of the worker that centers keys; "
+            f"--worker-cls {parallel.worker_cls} takes the place of the worker that measures keys; "
             "leave the option out"
         )
     parallel.worker_cls = WORKER

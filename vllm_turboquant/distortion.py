@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vllm_turboquant.codebook import solve_codebook
 from vllm_turboquant.estimate import Estimate
+from vllm_turboquant.frame import plain_frame
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.paper import (
     TurboQuantMse,
@@ -353,8 +354,9 @@ def measure_centering(data: str, vectors: Tensor) -> Centering:
 def code_as_keys(x: Tensor, center: Tensor) -> Tensor:
     """Reconstruct [n, head_dim] from the format's key code."""
     layout = SlotLayout(x.shape[-1])
-    code = encode_keys(x[:, None], center[None], layout)
-    return decode_keys(code, center[None], layout)[:, 0]
+    key_frame = plain_frame(center[None])
+    code = encode_keys(x[:, None], key_frame, layout)
+    return decode_keys(code, key_frame, layout)[:, 0]
 
 
 def code_as_values(x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ HAS_CUDA = _load_cuda_library()
 
 
 def store(
-    key: Tensor, value: Tensor, center: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Compress keys and values into their slots; see ``reference.store``.
 
@@ -61,7 +61,7 @@ def store(
         key: [>= num_tokens, num_kv_heads, head_dim] float32 | float16 | bfloat16, last axis
             contiguous.
         value: As ``key``.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
             contiguous.
         slot_mapping: [num_tokens] int64; negative slots are skipped.
@@ -69,7 +69,7 @@ def store(
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
     """
-    torch.ops.turboquant.store(key, value, center, kv_cache, slot_mapping)
+    torch.ops.turboquant.store(key, value, key_frame, kv_cache, slot_mapping)
 
 
 def paged_attention(
@@ -78,12 +78,13 @@ def paged_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    center: Tensor,
+    key_frame: Tensor,
     scale: float,
     causal: bool,
     out: Tensor,
     lse: Tensor,
     scratch: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> None:
     """Attend to cached tokens; see ``reference.attention``.
 
@@ -94,7 +95,7 @@ def paged_attention(
         block_table: [num_reqs, max_blocks] int32; entries past a request's tokens are not read.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
         scale: Softmax scale.
         causal: Whether the last query row of a request sees all its tokens, the one before it one
             less.
@@ -103,6 +104,8 @@ def paged_attention(
         lse: [num_heads, >= num_tokens] float32, natural logarithm.
         scratch: [>= paged_attention_scratch_bytes(...)] uint8, overwritten; allocated where it is
             None. Not used on CPUs.
+        tickets: [>= num_reqs * num_kv_heads] int32, zero before and after; calls that may overlap
+            need different ones. Allocated, and not used, likewise.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -113,12 +116,13 @@ def paged_attention(
         block_table,
         seq_lens,
         query_start_loc,
-        center,
+        key_frame,
         scale,
         causal,
         out,
         lse,
         scratch,
+        tickets,
     )
 
 
@@ -136,7 +140,7 @@ def dequantize(
     block_table: Tensor,
     seq_starts: Tensor,
     cu_seq_lens: Tensor,
-    center: Tensor,
+    key_frame: Tensor,
     key_out: Tensor,
     value_out: Tensor,
 ) -> None:
@@ -151,7 +155,7 @@ def dequantize(
         block_table: [num_reqs, max_blocks] int32.
         seq_starts: [num_reqs] int32.
         cu_seq_lens: [num_reqs + 1] int32.
-        center: [num_kv_heads, head_dim] float32, added back to keys.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
         key_out: [>= cu_seq_lens[-1], num_kv_heads, head_dim] float32 | float16 | bfloat16.
         value_out: As ``key_out``.
 
@@ -159,13 +163,13 @@ def dequantize(
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
     """
     torch.ops.turboquant.dequantize(
-        kv_cache, block_table, seq_starts, cu_seq_lens, center, key_out, value_out
+        kv_cache, block_table, seq_starts, cu_seq_lens, key_frame, key_out, value_out
     )
 
 
 @torch.library.register_fake("turboquant::store")
 def _store_fake(
-    key: Tensor, value: Tensor, center: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Writes in place, returns nothing."""
 
@@ -177,12 +181,13 @@ def _paged_attention_fake(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    center: Tensor,
+    key_frame: Tensor,
     scale: float,
     causal: bool,
     out: Tensor,
     lse: Tensor,
     scratch: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 
@@ -193,7 +198,7 @@ def _dequantize_fake(
     block_table: Tensor,
     seq_starts: Tensor,
     cu_seq_lens: Tensor,
-    center: Tensor,
+    key_frame: Tensor,
     key_out: Tensor,
     value_out: Tensor,
 ) -> None:

@@ -27,10 +27,10 @@ class Options(BaseModel):
         description="true: tokens of one prefill chunk attend to each other before compression; "
         "false: every token is read back from the compressed cache",
     )
-    center_keys: bool = Field(
+    measure_keys: bool = Field(
         True,
         description="true: at load, measure what the keys of a head have in common and leave it "
-        "out of their codes; false: code keys as they are",
+        "out of their codes; false: code keys as they come",
     )
 
 

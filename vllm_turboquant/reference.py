@@ -1,20 +1,23 @@
 """The definition of turboquant3 in plain PyTorch: encode, decode, pack, attend.
 
 Per group of d coordinates (H the orthonormal Hadamard matrix; D1, D2, D3 fixed +-1 diagonals; C the
-2-bit codebook; c the center of the KV head):
+2-bit codebook; center c, sink e and balance B, a diagonal, make up the frame of the KV head):
 
-    key    x = k - c,    u = sqrt(d) H D1 x / |x|         rotate, normalize
+    key    o = c or e, whichever makes |B (k - o)| smaller; c if they are equal
+           x = B (k - o),    u = sqrt(d) H D1 x / |x|     rotate, normalize
            i = argmin_j |u - C[j]|,    r = u - C[i]       2-bit Lloyd-Max index
            s = sign(H D2 r),    u^ = C[i] + rho (H D2)^T s    1-bit QJL of the residual
            alpha = |x| / sqrt(d) * <u, u> / <u, u^>       so that <x, x^> = |x|^2
     value  u = sqrt(d) H D3 v / |v|,  i as above,  beta = |v| / sqrt(d) * <u, u> / <u, C[i]>
-    score  <q, k^ - c> = alpha (<q1, C[i]> + rho <q2, s>),    q1 = H D1 q,    q2 = H D2 q1
+    score  <q, k^> = alpha (<q1, C[i]> + rho <q2, s>) + <q, o>,  q1 = H D1 B^-1 q,  q2 = H D2 q1
     output (H D3)^T sum_t p_t beta_t C[i_t]
+
+The sign bit of the stored alpha, which is never negative, says that o is the sink.
 
 Source: arXiv 2504.19874, Alg. 2 (TurboQuant_prod). It departs from the paper in two points: S = H
 D2 is orthogonal and not Gaussian (as in the experiments of arXiv 2406.03482, section 4.1), with rho
 the least-squares and not the unbiased factor of the signs; and one scale per vector, such that
-<x, x^> = |x|^2, replaces the two norms. Keys are centered first, which the softmax cannot see.
+<x, x^> = |x|^2, replaces the two norms. Keys are put into a frame first; see ``frame.py``.
 
 The inner product with any vector is unbiased over Haar-random rotations. The fast rotation, one
 Hadamard matrix with random signs, comes close to that unless a few coordinates of a vector outweigh
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant.codebook import Codebook, solve_codebook
+from vllm_turboquant.frame import BALANCE, CENTER, SINK
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.rotation import ROTATION, Rotation, hadamard
 
@@ -45,12 +49,14 @@ class KeyCode:
     Attributes:
         index: [..., head_dim] uint8 in 0..3.
         sign: [..., head_dim] bool, True = +1.
-        scale: [..., num_groups] float16, alpha, unit of the key; 0 where the key equals the center.
+        scale: [..., num_groups] float16, alpha, unit of the key; 0 where the key equals its origin.
+        at_sink: [..., num_groups] bool, True where that is the sink.
     """
 
     index: Tensor
     sign: Tensor
     scale: Tensor
+    at_sink: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,13 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def encode_keys(
-    key: Tensor, center: Tensor, layout: SlotLayout, rotation: Rotation = ROTATION
+    key: Tensor, key_frame: Tensor, layout: SlotLayout, rotation: Rotation = ROTATION
 ) -> KeyCode:
     """Code post-RoPE keys as 2-bit indices, 1-bit residual signs and one float16 scale per group.
 
     Args:
         key: [..., num_kv_heads, head_dim], any floating dtype.
-        center: [num_kv_heads, head_dim] float32, unit of ``key``.
+        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
         layout: Fixes head_dim and the group.
         rotation: The format's own unless averaging over rotations.
 
@@ -106,14 +112,19 @@ def encode_keys(
     book = codebook(layout)
     root = _root(layout)
     rho = torch.tensor(book.qjl_scale, dtype=torch.float64)
-    x = _split(key.float() - center.float(), layout)
+    near, far = (
+        _split((key.float() - key_frame[:, origin]) * key_frame[:, BALANCE], layout)
+        for origin in (CENTER, SINK)
+    )
+    at_sink = tree_sum(far * far) < tree_sum(near * near)
+    x = torch.where(at_sink, far, near)
     norm, u, index, centroid = _quantize(x, rotation.key[: layout.group], book)
     residual_signs = rotation.residual[: layout.group]
     sign = hadamard(residual_signs * (u - centroid)) >= 0
     projected = hadamard(residual_signs * u)  # sqrt(d) H D2 u
     agreement = tree_sum(torch.where(sign, projected, -projected))
     overlap = tree_sum(u * centroid) + (rho / layout.group**0.5).float() * agreement  # <u, u^>
-    return KeyCode(_join(index), _join(sign), _scale(norm * root, overlap))
+    return KeyCode(_join(index), _join(sign), _scale(norm * root, overlap), at_sink[..., 0])
 
 
 def encode_values(value: Tensor, layout: SlotLayout, rotation: Rotation = ROTATION) -> ValueCode:
@@ -142,7 +153,7 @@ def rotate_query(
     """Rotate queries into the two spaces that keys are coded in.
 
     Args:
-        query: [..., head_dim] floating dtype; the arithmetic is done in it.
+        query: [..., head_dim] floating dtype, divided by the balance; the arithmetic is done in it.
 
     Returns:
         q1 = H D1 q and q2 = H D2 q1, each [..., head_dim].
@@ -154,12 +165,12 @@ def rotate_query(
 
 def decode_keys(
     code: KeyCode,
-    center: Tensor,
+    key_frame: Tensor,
     layout: SlotLayout,
     rotation: Rotation = ROTATION,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Reconstruct keys, the center included.
+    """Reconstruct keys.
 
     Returns:
         [..., num_kv_heads, head_dim] in ``dtype``.
@@ -169,7 +180,8 @@ def decode_keys(
     sign = _split(code.sign, layout).to(dtype) * 2 - 1
     u = _centroids(code.index, layout, dtype) + codebook(layout).qjl_scale * d2 * _orthonormal(sign)
     x = code.scale.to(dtype)[..., None] * d1 * _orthonormal(u)
-    return _join(x) + center.to(dtype)
+    center, sink, balance = (_split(part, layout) for part in key_frame.to(dtype).unbind(dim=1))
+    return _join(x / balance + torch.where(code.at_sink[..., None], sink, center))
 
 
 def decode_values(
@@ -189,7 +201,7 @@ def decode_values(
 
 
 def store(
-    key: Tensor, value: Tensor, center: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Encode tokens and write their slots in place.
 
@@ -197,7 +209,7 @@ def store(
         key: [>= num_tokens, num_kv_heads, head_dim], any floating dtype; rows past num_tokens are
             ignored.
         value: As ``key``.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         slot_mapping: [num_tokens] int64, block * block_size + offset in block; negative ones are
             skipped.
@@ -207,13 +219,14 @@ def store(
     kept = (slot_mapping >= 0).nonzero()[:, 0]
     slots = slot_mapping[kept]
     block, offset = slots // block_size, slots % block_size
-    key_code = encode_keys(key[kept], center, layout)
+    key_code = encode_keys(key[kept], key_frame, layout)
     value_code = encode_values(value[kept], layout)
     arrays = block_arrays(kv_cache, layout)
     arrays["key_index"][block, :, offset] = pack_bits(key_code.index, 2)
     arrays["key_sign"][block, :, offset] = pack_bits(key_code.sign, 1)
     arrays["value_index"][block, :, offset] = pack_bits(value_code.index, 2)
-    arrays["key_scale"][block, :, :, offset] = key_code.scale
+    origin = torch.where(key_code.at_sink, -1.0, 1.0).half()
+    arrays["key_scale"][block, :, :, offset] = key_code.scale.copysign(origin)  # also of 0 and NaN
     arrays["value_scale"][block, :, :, offset] = value_code.scale
 
 
@@ -234,11 +247,13 @@ def load(
     position = torch.arange(seq_len)
     block, offset = block_table[position // block_size].long(), position % block_size
     arrays = block_arrays(kv_cache, layout)
+    key_scale = arrays["key_scale"][block, :, :, offset]
     return (
         KeyCode(
             unpack_bits(arrays["key_index"][block, :, offset], 2),
             unpack_bits(arrays["key_sign"][block, :, offset], 1).bool(),
-            arrays["key_scale"][block, :, :, offset],
+            key_scale.abs(),
+            key_scale.signbit(),
         ),
         ValueCode(
             unpack_bits(arrays["value_index"][block, :, offset], 2),
@@ -277,7 +292,7 @@ def attention(
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    center: Tensor,
+    key_frame: Tensor,
     scale: float,
     *,
     causal: bool = True,
@@ -291,7 +306,7 @@ def attention(
         block_table: [num_reqs, max_blocks] integer; entries past a request's blocks are not read.
         seq_lens: [num_reqs] integer, cached tokens to attend to; 0 is allowed.
         query_start_loc: [num_reqs + 1] integer, first query row of each request.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
         scale: Softmax scale.
         causal: The last query row of a request sees all its seq_len tokens, the one before it one
             token less, and so on; otherwise every row sees all.
@@ -314,7 +329,7 @@ def attention(
         if seq_len == 0 or first == last:
             continue
         key, value = load(kv_cache, block_table[req], seq_len, layout)
-        scores = scale * score_codes(grouped[first:last], key, center, layout)
+        scores = scale * score_codes(grouped[first:last], key, key_frame, layout)
         if causal:
             visible = seq_len - (last - first) + torch.arange(last - first) + 1
             hidden = torch.arange(seq_len) >= visible[:, None]
@@ -333,30 +348,33 @@ def attention(
     return out.reshape(query.shape), lse.reshape(num_tokens, num_heads).T
 
 
-def score_codes(query: Tensor, code: KeyCode, center: Tensor, layout: SlotLayout) -> Tensor:
-    """Inner products of queries with coded keys, unscaled, the center's share included.
-
-    The center's share is the same for every key of a head, so a softmax over codes alone does not
-    need it; with it, the scores can meet those of uncoded keys in one softmax.
+def score_codes(query: Tensor, code: KeyCode, key_frame: Tensor, layout: SlotLayout) -> Tensor:
+    """Inner products of queries with coded keys, unscaled.
 
     Args:
         query: [num_tokens, num_kv_heads, group_size, head_dim]; the arithmetic is done in its
             dtype.
         code: Codes of [seq_len, num_kv_heads] keys.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
 
     Returns:
         [num_tokens, num_kv_heads, group_size, seq_len].
     """
-    q1, q2 = rotate_query(query, layout)
+    center, sink, balance = key_frame.to(query.dtype).unbind(dim=1)
+    q1, q2 = rotate_query(query / balance[:, None], layout)
     centroid = _centroids(code.index, layout, query.dtype)
     sign = _split(code.sign, layout).to(query.dtype) * 2 - 1
     per_group = torch.einsum("qhrgd,thgd->qhrgt", _split(q1, layout), centroid)
     per_group += codebook(layout).qjl_scale * torch.einsum(
         "qhrgd,thgd->qhrgt", _split(q2, layout), sign
     )
-    scores = torch.einsum("qhrgt,thg->qhrt", per_group, code.scale.to(query.dtype))
-    return scores + torch.einsum("qhrd,hd->qhr", query, center.to(query.dtype))[..., None]
+    per_group *= code.scale.to(query.dtype).permute(1, 2, 0)[None, :, None]
+    at_center, at_sink = (
+        torch.einsum("qhrgd,hgd->qhrg", _split(query, layout), _split(origin, layout))[..., None]
+        for origin in (center, sink)
+    )
+    per_group += torch.where(code.at_sink.permute(1, 2, 0)[None, :, None], at_sink, at_center)
+    return per_group.sum(dim=-2)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

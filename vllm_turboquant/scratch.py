@@ -30,11 +30,13 @@ class Scratch:
         decode_bytes: For the partial results of decode rows.
         tile_shape: [num_tokens, num_kv_heads, head_dim] of a tile's keys, and of its values.
         dtype: Of these.
+        tickets: [num_tickets] int32, zero between the layer's calls of ``ops.paged_attention``.
     """
 
     decode_bytes: int
     tile_shape: tuple[int, int, int]
     dtype: torch.dtype
+    tickets: Tensor
 
     @staticmethod
     def of_layer(
@@ -49,7 +51,8 @@ class Scratch:
         padded_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = max(scheduler.max_num_seqs, padded_rows)
         decode_bytes = _decode_bytes(most_rows, num_heads, num_kv_heads, head_dim)
-        return Scratch(decode_bytes, (tile_tokens, num_kv_heads, head_dim), model.dtype)
+        tickets = torch.zeros(most_rows * num_kv_heads, dtype=torch.int32)
+        return Scratch(decode_bytes, (tile_tokens, num_kv_heads, head_dim), model.dtype, tickets)
 
     def reserve(self) -> None:
         """Make the shared buffer as large as this layer needs."""

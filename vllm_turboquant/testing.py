@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import reference
+from vllm_turboquant.frame import make_frame
 from vllm_turboquant.layout import SlotLayout
 
 #: Stands in a block table behind a request's last block: reading it would leave every pool.
@@ -29,7 +30,7 @@ class PagedBatch:
         block_table: [num_reqs, max_blocks] int32.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
-        center: [num_kv_heads, head_dim] float32.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
         slot_mapping: [sum(seq_lens)] int64, slots of all tokens, request by request.
     """
 
@@ -38,7 +39,7 @@ class PagedBatch:
     block_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
-    center: Tensor
+    key_frame: Tensor
     slot_mapping: Tensor
 
     @property
@@ -75,6 +76,15 @@ def empty_cache(
     return torch.full((num_blocks, num_kv_heads, *region), POISON_BYTE, dtype=torch.uint8)
 
 
+def random_frame(num_kv_heads: int, head_dim: int, generator: torch.Generator) -> Tensor:
+    """A frame with origins far apart, and coordinates stretched by up to 4."""
+
+    def normal() -> Tensor:
+        return torch.randn(num_kv_heads, head_dim, generator=generator)
+
+    return make_frame(2 * normal(), 2 * normal(), normal().clamp(-2, 2).exp2())
+
+
 def make_batch(
     seq_lens: Sequence[int],
     query_lens: Sequence[int],
@@ -87,7 +97,7 @@ def make_batch(
     store: Store = reference.store,
     head_major: bool = False,
 ) -> PagedBatch:
-    """Store random keys (with a strong common part) and values; draw random queries.
+    """Store random keys, a fifth of them around the sink, and values; draw random queries.
 
     Args:
         seq_lens: Cached tokens of each request; 0 is allowed.
@@ -118,10 +128,14 @@ def make_batch(
         block = block_table[req, position // block_size].long()
         slots.append(block * block_size + position % block_size)
     slot_mapping = torch.cat(slots)
-    center = 2 * normal(num_kv_heads, head_dim)
-    key = center + normal(slot_mapping.numel(), num_kv_heads, head_dim)
+    key_frame = random_frame(num_kv_heads, head_dim, generator)
+    center, sink, balance = key_frame.unbind(dim=1)
+    origin = torch.where(
+        torch.rand(len(slot_mapping), 1, 1, generator=generator) < 0.2, sink, center
+    )
+    key = origin + normal(slot_mapping.numel(), num_kv_heads, head_dim) / balance
     value = normal(slot_mapping.numel(), num_kv_heads, head_dim)
-    store(key.to(dtype), value.to(dtype), center, kv_cache, slot_mapping)
+    store(key.to(dtype), value.to(dtype), key_frame, kv_cache, slot_mapping)
     query = normal(sum(query_lens) + 3, num_heads, head_dim).to(dtype)
     query[sum(query_lens) :] = torch.nan
     query_start_loc = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -131,7 +145,7 @@ def make_batch(
         block_table,
         torch.tensor(list(seq_lens), dtype=torch.int32),
         query_start_loc,
-        center,
+        key_frame,
         slot_mapping,
     )
 

@@ -122,14 +122,14 @@ def make_tile(pieces: Sequence[Piece], fresh: FreshRequests, block_table: Tensor
 
 
 def reconstruct(
-    kv_cache: Tensor, tile: Tile, center: Tensor, buffers: tuple[Tensor, Tensor]
+    kv_cache: Tensor, tile: Tile, key_frame: Tensor, buffers: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Read a tile back from its codes.
 
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         tile: Which tokens.
-        center: [num_kv_heads, head_dim] float32 that is added to keys.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
         buffers: For keys and values, [>= num_tokens, num_kv_heads, head_dim].
 
     Returns:
@@ -137,7 +137,7 @@ def reconstruct(
     """
     key, value = (buffer[: tile.num_tokens] for buffer in buffers)
     ops.dequantize(
-        kv_cache, tile.block_table, tile.seq_starts, tile.cu_seq_lens, center, key, value
+        kv_cache, tile.block_table, tile.seq_starts, tile.cu_seq_lens, key_frame, key, value
     )
     return key, value
 

@@ -21,7 +21,7 @@ struct BlockOffsets {
   int64_t key_index;    // [block_size, head_dim / 4] uint8
   int64_t key_sign;     // [block_size, head_dim / 8] uint8
   int64_t value_index;  // [block_size, head_dim / 4] uint8
-  int64_t key_scale;    // [num_groups, block_size] float16
+  int64_t key_scale;    // [num_groups, block_size] float16, negative for keys at the sink
   int64_t value_scale;  // [num_groups, block_size] float16
   int64_t size;         // of the region
 };

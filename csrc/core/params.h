@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "core/macros.h"
 
 namespace tq {
 
@@ -42,15 +43,27 @@ struct Cache {
   }
 };
 
+// What the keys of every KV head are coded in (frame.py): [num_kv_heads, 3, head_dim] contiguous.
+struct KeyFrame {
+  const float* data;
+  int head_dim;
+
+  TQ_HOST_DEVICE const float* center(int64_t kv_head) const {
+    return data + 3 * kv_head * head_dim;
+  }
+  TQ_HOST_DEVICE const float* sink(int64_t kv_head) const { return center(kv_head) + head_dim; }
+  TQ_HOST_DEVICE const float* balance(int64_t kv_head) const { return sink(kv_head) + head_dim; }
+};
+
 struct BlockTable {
   const int32_t* data;  // [num_reqs, max_blocks]
   int64_t req_stride;
 };
 
 struct StoreParams {
-  Rows key;             // [>= num_tokens, num_kv_heads, head_dim]
-  Rows value;           // as key
-  const float* center;  // [num_kv_heads, head_dim] contiguous
+  Rows key;    // [>= num_tokens, num_kv_heads, head_dim]
+  Rows value;  // as key
+  KeyFrame key_frame;
   Cache cache;
   const int64_t* slot_mapping;  // [num_tokens], negative = skip
   int64_t num_tokens;
@@ -62,7 +75,7 @@ struct AttentionParams {
   BlockTable block_table;
   const int32_t* seq_lens;         // [num_reqs]
   const int32_t* query_start_loc;  // [num_reqs + 1]
-  const float* center;             // [num_kv_heads, head_dim] contiguous
+  KeyFrame key_frame;
   float scale;
   bool causal;
   MutableRows out;     // [>= num_tokens, num_heads, head_dim]
@@ -77,9 +90,9 @@ struct DequantizeParams {
   BlockTable block_table;
   const int32_t* seq_starts;   // [num_reqs], first token to read
   const int32_t* cu_seq_lens;  // [num_reqs + 1], first row to write
-  const float* center;         // [num_kv_heads, head_dim] contiguous
-  MutableRows key;             // [cu_seq_lens[num_reqs], num_kv_heads, head_dim]
-  MutableRows value;           // as key
+  KeyFrame key_frame;
+  MutableRows key;    // [cu_seq_lens[num_reqs], num_kv_heads, head_dim]
+  MutableRows value;  // as key
   int num_reqs;
 };
 

@@ -4,7 +4,8 @@
 // tiles that it decodes once for all rows, with an online softmax; CodeTile has the arithmetic for
 // the instruction set. Partial results of the splits are merged by log-sum-exp.
 //
-// Score: alpha (<q1, C[i]> + rho <q2, s>); output: (H D3)^T sum_t p_t beta_t C[i_t].
+// Score: alpha (<q1, C[i]> + rho <q2, s>) + <q, o>; output: (H D3)^T sum_t p_t beta_t C[i_t].
+// The center's share of <q, o> is the same for all keys and enters the log-sum-exp at the end.
 // Source: reference.py. Reads slot_bytes per token, KV head and row tile; compute-bound.
 #include <algorithm>
 #include <cmath>
@@ -29,6 +30,7 @@ struct Queries {
   std::unique_ptr<float[]> q1;    // [num_tokens, num_heads, head_dim]
   std::unique_ptr<float[]> q2;    // as q1, times rho
   std::unique_ptr<float[]> bias;  // [num_tokens, num_heads], scale * <q, center>
+  std::unique_ptr<float[]> sink;  // [num_tokens, num_heads, num_groups], scale * <q, sink - center>
 
   explicit Queries(const Plan& plan_) : plan(plan_) {
     const int64_t num_rows = int64_t{plan.p.query_start_loc[plan.p.num_reqs]} * plan.p.num_heads;
@@ -36,6 +38,7 @@ struct Queries {
     q1.reset(new float[size]);
     q2.reset(new float[size]);
     bias.reset(new float[num_rows]);
+    sink.reset(new float[num_rows * plan.p.cache.layout.num_groups()]);
   }
 
   template <int kGroup>
@@ -44,17 +47,24 @@ struct Queries {
     const AttentionParams& p = plan.p;
     const int head_dim = p.cache.layout.head_dim;
     const int64_t row = token * p.num_heads + head;
-    const float* center = p.center + int64_t{head} / plan.group_size() * head_dim;
+    const int64_t kv_head = head / plan.group_size();
+    const float* center = p.key_frame.center(kv_head);
+    const float* at_sink = p.key_frame.sink(kv_head);
+    const float* balance = p.key_frame.balance(kv_head);
     Lanes with_center = splat(0.0f);
     for (int g = 0; g < head_dim; g += kGroup) {
       alignas(64) float q[kGroup];
       float* x1 = &q1[row * head_dim + g];
       float* x2 = &q2[row * head_dim + g];
       read_row(p.query, token, head, g, kGroup, q);
+      Lanes with_sink = splat(0.0f);
       for (int j = 0; j < kGroup; j += kLanes) {
-        with_center = fma(load(q + j), load(center + g + j), with_center);
+        const Lanes from = load(center + g + j), to = load(at_sink + g + j);
+        with_center = fma(load(q + j), from, with_center);
+        with_sink = fma(load(q + j), to - from, with_sink);
       }
-      for (int j = 0; j < kGroup; ++j) x1[j] = q[j] * kKeySignTable.sign[j];
+      sink[row * p.cache.layout.num_groups() + g / kGroup] = reduce_add(with_sink) * p.scale;
+      for (int j = 0; j < kGroup; ++j) x1[j] = q[j] / balance[g + j] * kKeySignTable.sign[j];
       hadamard_row<kGroup>(x1);
       for (int j = 0; j < kGroup; ++j) {
         x1[j] *= p.scale / Book::kRoot;
@@ -126,10 +136,38 @@ class TilePass {
       ahead_.step();
       codes_.load_keys(units_, num_units_, cache_.layout, at_, g, tile_->num_rows);
       load_all_scales(at_.key_scale, g);
+      const bool any_at_sink = take_signs();
       for (int r = 0; r < tile_->num_rows; r += CodeTile<kGroup>::kScoreRows) {
         const int num_rows = std::min(CodeTile<kGroup>::kScoreRows, tile_->num_rows - r);
         ahead_.step();
         codes_.score(query(g, r), num_rows, scale_, g == 0, weights_ + r);
+      }
+      if (any_at_sink) move_to_sink(g);
+    }
+  }
+
+  // Make the key scales magnitudes, and keep where their signs were set; return whether any was.
+  bool take_signs() {
+    Words any = splat(0u);
+    for (int u = 0; u < num_units_; ++u) {
+      const Words bits = as_words(load(scale_ + u * kLanes));
+      at_sink_[u] = bits >> 31;
+      any = any | at_sink_[u];
+      store(scale_ + u * kLanes, as_lanes(bits & splat(0x7fffffffu)));
+    }
+    uint32_t flags[kLanes];
+    store(flags, any);
+    return std::any_of(flags, flags + kLanes, [](uint32_t flag) { return flag != 0; });
+  }
+
+  // Add what keys of group `g` have from starting at the sink instead of the center.
+  void move_to_sink(int g) {
+    for (int r = 0; r < tile_->num_rows; ++r) {
+      const int64_t row = plan_.query_row(*tile_, r);
+      const Lanes offset = splat(queries_.sink[row * cache_.layout.num_groups() + g]);
+      for (int u = 0; u < num_units_; ++u) {
+        float* scores = weights_[r] + u * kLanes;
+        store(scores, add_where_bit(load(scores), at_sink_[u], 0, offset));
       }
     }
   }
@@ -207,6 +245,7 @@ class TilePass {
   Prefetch ahead_;
   CodeTile<kGroup> codes_;
   alignas(64) float scale_[kTokens];
+  Words at_sink_[kTokens / kLanes];               // 1 where a key starts at the sink
   alignas(64) float weights_[kRowTile][kTokens];  // scores, then weights
   alignas(64) float scaled_[kRowTile][kTokens];   // weights times value scales
 };

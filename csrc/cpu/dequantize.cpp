@@ -1,7 +1,8 @@
 // Paged dequantize: reconstruct keys and values of a bounded range of tokens.
 //
 // Work items: units of sixteen tokens of one KV head, tokens in lanes.
-// k = c + alpha (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py: decode_keys, decode_values)
+// k = o + alpha B^-1 (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py: decode_keys,
+// decode_values)
 #include <algorithm>
 #include <vector>
 
@@ -20,17 +21,18 @@ struct Span {
   int64_t row;         // that lane `first` goes to
 };
 
-// Finish the inverse rotation of x[kGroup] and write the wanted lanes.
-template <int kGroup>
-void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale, const float* center,
-                 const Span& span, int kv_head, int g, const MutableRows& rows) {
+// Finish the inverse rotation of x[kGroup] and write the wanted lanes, changed by map(lane, row).
+template <int kGroup, typename Map>
+void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale, const Span& span,
+                 int kv_head, int g, const MutableRows& rows, const Map& map) {
   alignas(64) float transposed[kGroup][kLanes];
   for (int j = 0; j < kGroup; ++j) {
     store(transposed[j], x[j] * (scale * splat(signs[j] / Codebook<kGroup>::kRoot)));
   }
   float row[kGroup];
   for (int lane = span.first; lane < span.last; ++lane) {
-    for (int j = 0; j < kGroup; ++j) row[j] = transposed[j][lane] + (center ? center[j] : 0.0f);
+    for (int j = 0; j < kGroup; ++j) row[j] = transposed[j][lane];
+    map(lane, row);
     write_row(rows, span.row + lane - span.first, kv_head, g * kGroup, kGroup, row);
   }
 }
@@ -43,17 +45,27 @@ void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
   const Unit unit = locate(p.cache, blocks, kv_head, span.unit_token);
   Lanes x[kGroup];
   for (int g = 0; g < layout.num_groups(); ++g) {
-    const float* center = p.center + int64_t{kv_head} * layout.head_dim + g * kGroup;
     KeyWords<kGroup>(unit, layout, at, g).decode(x);
     hadamard<kGroup>(x);
-    write_lanes<kGroup>(x, kKeySigns, load_scales(unit, at.key_scale, g, p.cache.block_size),
-                        center, span, kv_head, g, p.key);
+    const Words scale = as_words(load_scales(unit, at.key_scale, g, p.cache.block_size));
+    uint32_t at_sink[kLanes];
+    store(at_sink, scale >> 31);
+    const auto leave_frame = [&](int lane, float* row) {
+      const KeyFrame& frame = p.key_frame;
+      const float* origin = at_sink[lane] ? frame.sink(kv_head) : frame.center(kv_head);
+      const float* balance = frame.balance(kv_head);
+      for (int j = 0; j < kGroup; ++j) {
+        row[j] = row[j] / balance[g * kGroup + j] + origin[g * kGroup + j];
+      }
+    };
+    write_lanes<kGroup>(x, kKeySigns, as_lanes(scale & splat(0x7fffffffu)), span, kv_head, g, p.key,
+                        leave_frame);
     Words index[kGroup / 16];
     load_words(unit, at.value_index + g * kGroup / 4, layout.index_bytes(), kGroup / 16, index);
     for (int j = 0; j < kGroup; ++j) x[j] = centroid<kGroup>(index[j / 16] >> (2 * (j % 16)));
     hadamard<kGroup>(x);
     write_lanes<kGroup>(x, kValueSigns, load_scales(unit, at.value_scale, g, p.cache.block_size),
-                        nullptr, span, kv_head, g, p.value);
+                        span, kv_head, g, p.value, [](int, float*) {});
   }
 }
 

@@ -16,6 +16,7 @@ namespace tq::cpu {
 namespace {
 
 constexpr float kHalfMax = 65504.0f;
+constexpr uint16_t kHalfSignBit = 0x8000;
 
 // Codes of one group of sixteen vectors.
 struct GroupCode {
@@ -46,14 +47,18 @@ Lanes sqrt(const Lanes& x) {
   return load(value);
 }
 
-// Rotate and normalize x[kGroup]; write u, its indices and its centroids; return |x|.
 template <int kGroup>
-Lanes quantize(const SignDiagonal& signs, const Lanes* x, Lanes* u, Lanes* centroids,
-               Words* index) {
-  using Book = Codebook<kGroup>;
+Lanes sum_of_squares(const Lanes* x) {
   Lanes squares[kGroup];
   for (int j = 0; j < kGroup; ++j) squares[j] = x[j] * x[j];
-  const Lanes norm = sqrt(tree_sum<kGroup>(squares));
+  return tree_sum<kGroup>(squares);
+}
+
+// Rotate and normalize x[kGroup] of length `norm`; write u, its indices and its centroids.
+template <int kGroup>
+void quantize(const SignDiagonal& signs, const Lanes* x, const Lanes& norm, Lanes* u,
+              Lanes* centroids, Words* index) {
+  using Book = Codebook<kGroup>;
   const Lanes inverse = where(norm > splat(0.0f), splat(1.0f) / norm, splat(0.0f));
   rotate<kGroup>(signs, x, u);
   for (int w = 0; w < kGroup / 16; ++w) index[w] = splat(0u);
@@ -65,7 +70,6 @@ Lanes quantize(const SignDiagonal& signs, const Lanes* x, Lanes* u, Lanes* centr
     centroids[j] = centroid<kGroup>(code);
     index[j / 16] = index[j / 16] | (code << (2 * (j % 16)));
   }
-  return norm;
 }
 
 // |x| sqrt(d) / <u, u^>, saturated, as float16; 0 for a zero vector.
@@ -78,10 +82,15 @@ void finish_scale(const Lanes& norm, const Lanes& overlap, uint16_t* scale) {
   }
 }
 
+// Encode x, a key from its center, or, where that is shorter, `far`, the same key from the sink.
 template <int kGroup>
-void encode_key(const Lanes* x, GroupCode* code) {
+void encode_key(Lanes* x, const Lanes* far, GroupCode* code) {
   Lanes u[kGroup], centroids[kGroup], projected[kGroup], scratch[kGroup];
-  const Lanes norm = quantize<kGroup>(kKeySigns, x, u, centroids, code->index);
+  const Lanes square = sum_of_squares<kGroup>(x), far_square = sum_of_squares<kGroup>(far);
+  const Words at_sink = square > far_square;
+  for (int j = 0; j < kGroup; ++j) x[j] = where(at_sink, far[j], x[j]);
+  const Lanes norm = sqrt(where(at_sink, far_square, square));
+  quantize<kGroup>(kKeySigns, x, norm, u, centroids, code->index);
   for (int j = 0; j < kGroup; ++j) scratch[j] = u[j] - centroids[j];
   rotate<kGroup>(kResidualSigns, scratch, projected);
   for (int w = 0; w < kGroup / 32; ++w) code->sign[w] = splat(0u);
@@ -96,12 +105,19 @@ void encode_key(const Lanes* x, GroupCode* code) {
   const Lanes overlap =
       tree_sum<kGroup>(centroids) + splat(Codebook<kGroup>::kQjlWeight) * agreement;
   finish_scale<kGroup>(norm, overlap, code->scale);
+  uint32_t sink[kLanes];
+  tq::store(sink, at_sink);
+  for (int i = 0; i < kLanes; ++i) {  // also of 0 and NaN
+    const uint32_t magnitude = code->scale[i] & ~uint32_t{kHalfSignBit};
+    code->scale[i] = static_cast<uint16_t>(magnitude | (sink[i] & kHalfSignBit));
+  }
 }
 
 template <int kGroup>
 void encode_value(const Lanes* x, GroupCode* code) {
   Lanes u[kGroup], centroids[kGroup];
-  const Lanes norm = quantize<kGroup>(kValueSigns, x, u, centroids, code->index);
+  const Lanes norm = sqrt(sum_of_squares<kGroup>(x));
+  quantize<kGroup>(kValueSigns, x, norm, u, centroids, code->index);
   for (int j = 0; j < kGroup; ++j) centroids[j] = u[j] * centroids[j];
   finish_scale<kGroup>(norm, tree_sum<kGroup>(centroids), code->scale);
 }
@@ -114,18 +130,31 @@ struct Vector {
   int64_t offset;  // of the token in its block
 };
 
-// Read group `g` of up to sixteen vectors into lanes x[kGroup]; lanes without a vector are 0.
-template <int kGroup>
-void gather(const Rows& rows, const Vector* vectors, int count, int g, const float* center,
-            int head_dim, Lanes* x) {
+// Read group `g` of up to sixteen vectors into lanes x[kGroup]; lanes without a vector are 0. Map
+// changes a row of the vector's KV head: map(kv_head, row).
+template <int kGroup, typename Map>
+void gather(const Rows& rows, const Vector* vectors, int count, int g, const Map& map, Lanes* x) {
   alignas(64) float transposed[kGroup][kLanes] = {};
   float row[kGroup];
   for (int i = 0; i < count; ++i) {
     read_row(rows, vectors[i].token, vectors[i].kv_head, g * kGroup, kGroup, row);
-    const float* c = center ? center + vectors[i].kv_head * head_dim + g * kGroup : nullptr;
-    for (int j = 0; j < kGroup; ++j) transposed[j][i] = c ? row[j] - c[j] : row[j];
+    map(vectors[i].kv_head, row);
+    for (int j = 0; j < kGroup; ++j) transposed[j][i] = row[j];
   }
   for (int j = 0; j < kGroup; ++j) x[j] = load(transposed[j]);
+}
+
+// Group `g` of keys as seen from the center, or from the sink.
+template <int kGroup>
+void gather_keys(const StoreParams& p, const Vector* vectors, int count, int g, bool from_sink,
+                 Lanes* x) {
+  const auto map = [&](int64_t kv_head, float* row) {
+    const KeyFrame& frame = p.key_frame;
+    const float* origin = (from_sink ? frame.sink(kv_head) : frame.center(kv_head)) + g * kGroup;
+    const float* balance = frame.balance(kv_head) + g * kGroup;
+    for (int j = 0; j < kGroup; ++j) row[j] = (row[j] - origin[j]) * balance[j];
+  };
+  gather<kGroup>(p.key, vectors, count, g, map, x);
 }
 
 // Write word `word` of every lane at `at` bytes behind its region's start, tokens `stride_bytes`
@@ -148,12 +177,13 @@ template <int kGroup>
 void store_batch(const StoreParams& p, const Vector* vectors, int count) {
   const SlotLayout layout = p.cache.layout;
   const BlockOffsets at = layout.offsets(p.cache.block_size);
-  Lanes x[kGroup];
+  Lanes x[kGroup], far[kGroup];
   GroupCode code;
   for (int g = 0; g < layout.num_groups(); ++g) {
     const int64_t scale_row = int64_t{g} * p.cache.block_size * kScaleBytes;
-    gather<kGroup>(p.key, vectors, count, g, p.center, layout.head_dim, x);
-    encode_key<kGroup>(x, &code);
+    gather_keys<kGroup>(p, vectors, count, g, false, x);
+    gather_keys<kGroup>(p, vectors, count, g, true, far);
+    encode_key<kGroup>(x, far, &code);
     for (int w = 0; w < kGroup / 16; ++w) {
       scatter(code.index[w], vectors, count, at.key_index + (g * kGroup / 16 + w) * 4,
               layout.index_bytes());
@@ -163,7 +193,7 @@ void store_batch(const StoreParams& p, const Vector* vectors, int count) {
               layout.sign_bytes());
     }
     scatter_scale(code.scale, vectors, count, at.key_scale + scale_row);
-    gather<kGroup>(p.value, vectors, count, g, nullptr, layout.head_dim, x);
+    gather<kGroup>(p.value, vectors, count, g, [](int64_t, float*) {}, x);
     encode_value<kGroup>(x, &code);
     for (int w = 0; w < kGroup / 16; ++w) {
       scatter(code.index[w], vectors, count, at.value_index + (g * kGroup / 16 + w) * 4,

@@ -1,10 +1,11 @@
 // Split-KV paged decode attention over turboquant3 slots.
 //
 // Grid: [num_splits, num_kv_heads, num_reqs]. Every warp of a CTA is a flash-decoding stream of its
-// own over batches of 32 tokens; the warps meet once, at the end.
-// Score of a token: alpha * (<q1, C[i]> + rho * <q2, s>)        (reference.py: score_codes)
+// own over batches of 32 tokens; the warps meet once, at the end. The CTA that is last of its
+// request and KV head merges the splits.
+// Score of a token: alpha * (<q1, C[i]> + rho * <q2, s>) + <q, o>    (reference.py: score_codes)
 //   S[16 tokens x 8] = K[16 x d] Q^T[d x 8] in int8; a column pair is a row's high and low part.
-// Output: sum_t p_t beta_t C[i_t], rotated back by combine.cu.
+// Output: (H D3)^T sum_t p_t beta_t C[i_t].
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
 // Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
 // codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
@@ -33,6 +34,27 @@ template <typename Traits>
 struct UnitScores {
   float score[Traits::kKeyTiles][2];  // log2, tokens g and g + 8
   float beta[Traits::kNumGroups][2];  // of the same tokens
+};
+
+// What makes the integer products of this lane's rows, 4 i + t, scores.
+template <typename Traits>
+struct ScoreFactors {
+  float unit[Traits::kKeyTiles][Traits::kNumGroups];
+  int32_t base[Traits::kKeyTiles][Traits::kNumGroups];
+  float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for keys that start there
+
+  __device__ explicit ScoreFactors(const typename Traits::Query& query) {
+#pragma unroll
+    for (int i = 0; i < Traits::kKeyTiles; ++i) {
+      const int row = 4 * i + (threadIdx.x & 3);
+#pragma unroll
+      for (int g = 0; g < Traits::kNumGroups; ++g) {
+        unit[i][g] = query.unit[row][g];
+        base[i][g] = query.base[row][g];
+        sink[i][g] = query.sink[row][g];
+      }
+    }
+  }
 };
 
 // Operands of the keys' products: registers where they fit, else read again from shared memory.
@@ -109,9 +131,7 @@ __device__ inline float read_scale(const uint8_t* scales, int token) {
 template <typename Traits>
 __device__ inline void score_unit(uint32_t table, const uint8_t* unit,
                                   const QueryOperands<Traits>& query,
-                                  const float (&q_unit)[Traits::kKeyTiles][Traits::kNumGroups],
-                                  const int32_t (&q_base)[Traits::kKeyTiles][Traits::kNumGroups],
-                                  UnitScores<Traits>* out) {
+                                  const ScoreFactors<Traits>& factors, UnitScores<Traits>* out) {
   const int g8 = (threadIdx.x & 31) / 4;
 #pragma unroll
   for (int g = 0; g < Traits::kNumGroups; ++g) {
@@ -120,7 +140,7 @@ __device__ inline void score_unit(uint32_t table, const uint8_t* unit,
 #pragma unroll
     for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
       product[tile][0] = product[tile][2] = 0;
-      product[tile][1] = product[tile][3] = q_base[tile][g];
+      product[tile][1] = product[tile][3] = factors.base[tile][g];
     }
 #pragma unroll
     for (int w = 0; w < KeyWords<Traits>::kIndexWords; ++w) {
@@ -151,7 +171,9 @@ __device__ inline void score_unit(uint32_t table, const uint8_t* unit,
 #pragma unroll
       for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
         const int32_t sum = product[tile][2 * h] * 128 + product[tile][2 * h + 1];
-        const float score = alpha * (static_cast<float>(sum) * q_unit[tile][g]);
+        const float origin = signbit(alpha) ? factors.sink[tile][g] : 0.0f;
+        const float score =
+            fmaf(fabsf(alpha), static_cast<float>(sum) * factors.unit[tile][g], origin);
         out->score[tile][h] = g == 0 ? score : out->score[tile][h] + score;
       }
     }
@@ -251,8 +273,7 @@ __device__ inline void add_values(uint32_t table, const uint8_t* unit,
 template <typename Traits, bool kMasked>
 __device__ inline void attend_batch(const uint2& tables, const uint8_t* batch,
                                     const QueryOperands<Traits>& query,
-                                    const float (&q_unit)[Traits::kKeyTiles][Traits::kNumGroups],
-                                    const int32_t (&q_base)[Traits::kKeyTiles][Traits::kNumGroups],
+                                    const ScoreFactors<Traits>& factors,
                                     const int (&limit)[Traits::kKeyTiles], int num_tokens,
                                     DecodeState<Traits>& state) {
   const int g8 = (threadIdx.x & 31) / 4;
@@ -262,7 +283,7 @@ __device__ inline void attend_batch(const uint2& tables, const uint8_t* batch,
   for (int i = 0; i < Traits::kKeyTiles; ++i) score_max[i] = -FLT_MAX;
 #pragma unroll
   for (int k = 0; k < Traits::kBatchUnits; ++k) {
-    score_unit<Traits>(tables.x, batch + k * Traits::kUnitBytes, query, q_unit, q_base, &units[k]);
+    score_unit<Traits>(tables.x, batch + k * Traits::kUnitBytes, query, factors, &units[k]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = k * Traits::kUnitTokens + g8 + 8 * h;
@@ -302,8 +323,10 @@ __device__ inline void attend_batch(const uint2& tables, const uint8_t* batch,
 
 // Attend one tile of rows to batches [begin, end).
 template <typename Traits>
-__device__ inline void attend_tile(const DecodeParams& p, const RowRange& rows, int req, int split,
+__device__ inline void attend_tile(const TilePartials<Traits>& partials, int req, int split,
                                    int begin, int end, typename Traits::Shared* shared) {
+  const DecodeParams& p = partials.p;
+  const RowRange& rows = partials.rows;
   const AttentionParams& a = p.attention;
   const int warp = threadIdx.x / 32, t = threadIdx.x & 3;
   const int seq_len = a.seq_lens[req];
@@ -314,23 +337,19 @@ __device__ inline void attend_tile(const DecodeParams& p, const RowRange& rows, 
   uint8_t* ring = shared->ring[warp];
   DecodeStream<Traits> stream(a, req, rows.kv_head, begin + warp, end, shared->stream, ring);
 #pragma unroll
-  for (int n = 0; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+  for (int n = 0; n < Traits::kEarlyStages; ++n) stream.fetch(n, n);
   for (int i = warp; i < Traits::kRows * Traits::kNumGroups; i += Traits::kWarps) {
     prepare_query<Traits>(p, rows, i / Traits::kNumGroups, i % Traits::kNumGroups, &shared->query);
   }
   __syncthreads();
+#pragma unroll
+  for (int n = Traits::kEarlyStages; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
   const QueryOperands<Traits> query(shared->query);
-  float q_unit[Traits::kKeyTiles][Traits::kNumGroups];
-  int32_t q_base[Traits::kKeyTiles][Traits::kNumGroups];
+  const ScoreFactors<Traits> factors(shared->query);
   int visible[Traits::kKeyTiles], fewest = seq_len;  // tokens that a row sees
 #pragma unroll
   for (int i = 0; i < Traits::kKeyTiles; ++i) {
     const int row = 4 * i + t;
-#pragma unroll
-    for (int g = 0; g < Traits::kNumGroups; ++g) {
-      q_unit[i][g] = shared->query.unit[row][g];
-      q_base[i][g] = shared->query.base[row][g];
-    }
     const int query_len = rows.num_rows / rows.group_size;
     const int hidden = query_len - 1 - (rows.first_row + row) / rows.group_size;
     visible[i] = a.causal ? seq_len - max(hidden, 0) : seq_len;
@@ -353,18 +372,16 @@ __device__ inline void attend_tile(const DecodeParams& p, const RowRange& rows, 
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) limit[i] = visible[i] - token;
     if (token + Traits::kBatchTokens > fewest) {
-      attend_batch<Traits, true>(tables, batch, query, q_unit, q_base, limit, seq_len - token,
-                                 state);
+      attend_batch<Traits, true>(tables, batch, query, factors, limit, seq_len - token, state);
     } else {
-      attend_batch<Traits, false>(tables, batch, query, q_unit, q_base, limit, seq_len - token,
-                                  state);
+      attend_batch<Traits, false>(tables, batch, query, factors, limit, seq_len - token, state);
     }
   }
   cp_async_wait<0>();
 
   // 3. Write the partial result.
-  write_partial<Traits>(p, rows, split, state, shared);
-  __syncthreads();  // shared memory is free for the next tile
+  write_partial<Traits>(partials, split, state, shared);
+  __syncthreads();  // shared memory is free for what comes next
 }
 
 template <typename Traits>
@@ -381,20 +398,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   // Batches of this split; at least one for every warp, so that short sequences use few splits.
   const int num_batches = (a.seq_lens[req] + Traits::kBatchTokens - 1) / Traits::kBatchTokens;
   const int share = max((num_batches + p.num_splits - 1) / p.num_splits, Traits::kWarps);
-  const int begin = min(split * share, num_batches), end = min(begin + share, num_batches);
+  const int num_splits = max((num_batches + share - 1) / share, 1);
+  const int begin = split * share, end = min(begin + share, num_batches);
+  if (split >= num_splits) return;
 
-  // NOTE: a split without tokens must say so, or the combine kernel would read stale memory.
-  if (begin >= end) {
-    for (int row = threadIdx.x; row < num_rows; row += Traits::kThreads) {
-      const int64_t token = first_token + row / group_size;
-      const int head = kv_head * group_size + row % group_size;
-      p.partials.lse[split * p.partials.num_rows + token * a.num_heads + head] = -INFINITY;
-    }
-    return;
-  }
+  const bool only = num_splits == 1;
   for (int first = 0; first < num_rows; first += Traits::kRows) {
     const RowRange rows{first_token, kv_head, group_size, first, num_rows};
-    attend_tile<Traits>(p, rows, req, split, begin, end, shared);
+    const TilePartials<Traits> partials{p, rows, only ? &shared->combine : nullptr};
+    attend_tile<Traits>(partials, req, split, begin, end, shared);
+    if (only) combine_splits<Traits>(partials, 1, shared);
+  }
+  uint32_t* ticket = p.partials.tickets + req * a.cache.num_kv_heads + kv_head;
+  if (only || !is_last(ticket, num_splits, &shared->is_last)) return;
+  for (int first = 0; first < num_rows; first += Traits::kRows) {
+    const RowRange rows{first_token, kv_head, group_size, first, num_rows};
+    combine_splits<Traits>({p, rows, nullptr}, num_splits, shared);
   }
 }
 

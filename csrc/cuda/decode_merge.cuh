@@ -1,4 +1,4 @@
-// What a warp has summed over its tokens, and the merge of the warps of a CTA.
+// What a warp has summed over its tokens, the merge of the warps of a CTA, and that of the splits.
 #pragma once
 
 #include <cfloat>
@@ -7,6 +7,7 @@
 #include "cuda/decode_query.cuh"
 #include "cuda/decode_traits.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/warp.cuh"
 
 namespace tq::cuda {
 
@@ -33,9 +34,28 @@ struct DecodeState {
   }
 };
 
+// Where the partial results of a tile's rows are: in global memory, or, of the only split, in
+// shared memory.
+template <typename Traits>
+struct TilePartials {
+  const DecodeParams& p;
+  const RowRange& rows;
+  typename Traits::Combine* only;  // null where there are several splits
+
+  __device__ int64_t at(int split, int row) const {
+    return split * p.partials.num_rows + rows.token(row) * p.attention.num_heads + rows.head(row);
+  }
+  __device__ float* out(int split, int row) const {
+    return only ? only->only_out[row] : p.partials.out + at(split, row) * Traits::kHeadDim;
+  }
+  __device__ float* lse(int split, int row) const {
+    return only ? only->only_lse + row : p.partials.lse + at(split, row);
+  }
+};
+
 // Merge the warps of the CTA and write the partial result of every row.
 template <typename Traits>
-__device__ inline void write_partial(const DecodeParams& p, const RowRange& rows, int split,
+__device__ inline void write_partial(const TilePartials<Traits>& partials, int split,
                                      const DecodeState<Traits>& state,
                                      typename Traits::Shared* shared) {
   constexpr int kGroup = Traits::kGroup;
@@ -64,7 +84,7 @@ __device__ inline void write_partial(const DecodeParams& p, const RowRange& rows
   __syncthreads();
   for (int i = threadIdx.x; i < Traits::kRows * Traits::kHeadDim; i += Traits::kThreads) {
     const int row = i / Traits::kHeadDim, coordinate = i % Traits::kHeadDim;
-    if (!rows.contains(row)) break;
+    if (!partials.rows.contains(row)) break;
     float max = -FLT_MAX, sum = 0.0f, out = 0.0f;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) max = fmaxf(max, merge.max[w][row]);
@@ -74,16 +94,116 @@ __device__ inline void write_partial(const DecodeParams& p, const RowRange& rows
       sum += weight * merge.sum[w][row];
       out += weight * merge.out[w][row][coordinate];
     }
-    const int64_t at =
-        split * p.partials.num_rows + rows.token(row) * p.attention.num_heads + rows.head(row);
     const bool sees_nothing = sum == 0.0f;
-    p.partials.out[at * Traits::kHeadDim + coordinate] = sees_nothing ? 0.0f : out / sum;
+    partials.out(split, row)[coordinate] = sees_nothing ? 0.0f : out / sum;
     if (coordinate == 0) {
       float bias = 0.0f;
       for (int g = 0; g < Traits::kNumGroups; ++g) bias += shared->query.bias[row][g];
       constexpr float kLn2 = 0.693147180559945f;
-      p.partials.lse[at] = sees_nothing ? -INFINITY : (max + log2f(sum) + bias) * kLn2;
+      *partials.lse(split, row) = sees_nothing ? -INFINITY : (max + log2f(sum) + bias) * kLn2;
     }
+  }
+}
+
+// Whether this CTA is the last of `num_splits` to have written its partial results; if so, all of
+// them can be read.
+__device__ inline bool is_last(uint32_t* ticket, int num_splits, bool* shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier, of all threads' writes
+    *shared = atomicAdd(ticket, 1u) == static_cast<uint32_t>(num_splits) - 1;
+    if (*shared) *ticket = 0;  // for the next launch
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared;
+}
+
+// Merge the splits of a tile's rows, rotate the values back, write output and log-sum-exp.
+// out = (H D3)^T sum_s w_s out_s,   w_s = exp(lse_s - lse),   lse = log sum_s exp(lse_s)
+// The splits are added in an order that does not depend on which CTA was last.
+template <typename Traits>
+__device__ inline void combine_splits(const TilePartials<Traits>& partials, int num_splits,
+                                      typename Traits::Shared* shared) {
+  constexpr int kGroup = Traits::kGroup, kCount = kPerLane<kGroup>;
+  constexpr int kStep = Traits::kWarpsPerRow, kRowsAtOnce = Traits::kWarps / kStep;
+  typename Traits::Combine& scratch = shared->combine;
+  const AttentionParams& a = partials.p.attention;
+  const RowRange& rows = partials.rows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  for (int first = 0; first < Traits::kRows; first += kRowsAtOnce) {
+    const int row = first + warp / kStep, part = warp % kStep;
+    const bool mine = row < Traits::kRows && rows.contains(row);
+
+    // 1. The largest log-sum-exp; every warp finds it for itself.
+    float max = -INFINITY, sum = 0.0f, out[Traits::kNumGroups][kCount] = {};
+    if (mine) {
+      for (int s = lane; s < num_splits; s += 32) {
+        max = fmaxf(max, load_relaxed(partials.lse(s, row)));
+      }
+    }
+    max = warp_max(max);
+    // A row that sees nothing: weights exp(-inf - 0) = 0 and not exp(-inf + inf).
+    const float base = max == -INFINITY ? 0.0f : max;
+
+    // 2. Sum this warp's splits.
+    if (mine) {
+#pragma unroll 4
+      for (int s = part; s < num_splits; s += kStep) {
+        const float weight = __expf(load_relaxed(partials.lse(s, row)) - base);
+        const float* from = partials.out(s, row) + lane * kCount;
+        sum += weight;
+#pragma unroll
+        for (int g = 0; g < Traits::kNumGroups; ++g) {
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) {
+            out[g][e] += weight * load_relaxed(from + g * kGroup + e);
+          }
+        }
+      }
+    }
+
+    // 3. Sum the warps of the row, in its first one.
+    if (part != 0) {
+#pragma unroll
+      for (int g = 0; g < Traits::kNumGroups; ++g) {
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+          scratch.out[warp][g * kGroup + lane * kCount + e] = out[g][e];
+        }
+      }
+      if (lane == 0) scratch.sum[warp] = sum;
+    }
+    __syncthreads();
+    if (mine && part == 0) {
+#pragma unroll
+      for (int w = 1; w < kStep; ++w) {
+        sum += scratch.sum[warp + w];
+#pragma unroll
+        for (int g = 0; g < Traits::kNumGroups; ++g) {
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) {
+            out[g][e] += scratch.out[warp + w][g * kGroup + lane * kCount + e];
+          }
+        }
+      }
+
+      // 4. Rotate back.
+      const float scale = sum == 0.0f ? 0.0f : 1.0f / (sum * Codebook<kGroup>::kRoot);
+      const int64_t token = rows.token(row);
+      const int head = rows.head(row);
+      float sign[kCount];
+      lane_signs<kGroup, kValueSigns>(sign);
+#pragma unroll
+      for (int g = 0; g < Traits::kNumGroups; ++g) {
+        warp_hadamard<kGroup>(out[g]);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) out[g][e] *= scale * sign[e];
+        write_row(a.out, token, head, g * kGroup + lane * kCount, out[g]);
+      }
+      if (lane == 0) a.lse[head * a.lse_stride + token] = max == -INFINITY ? max : max + logf(sum);
+    }
+    __syncthreads();  // shared memory is free for the next rows
   }
 }
 

@@ -44,15 +44,23 @@ __device__ inline void prepare_query(const DecodeParams& p, const RowRange& rows
   const int lane = threadIdx.x & 31, first = lane * kCount;
   const int column = row / 4 * 8 + row % 4 * 2;
 
-  // 1. q1 = H D1 q and q2 = H D2 q1, softmax scale included.
-  float q[kCount] = {}, diagonal[kCount], bias = 0.0f;
+  // 1. q1 = H D1 B^-1 q and q2 = H D2 q1, softmax scale included.
+  float q[kCount] = {}, diagonal[kCount], bias = 0.0f, sink = 0.0f;
   if (rows.contains(row)) {
     read_row(a.query, rows.token(row), rows.head(row), g * kGroup + first, q);
-    const float* center = a.center + (int64_t{rows.kv_head} * Traits::kNumGroups + g) * kGroup;
+    const int at = g * kGroup + first;
+    const float* from = a.key_frame.center(rows.kv_head) + at;
+    const float* to = a.key_frame.sink(rows.kv_head) + at;
+    const float* balance = a.key_frame.balance(rows.kv_head) + at;
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) bias += q[e] * center[first + e];
+    for (int e = 0; e < kCount; ++e) {
+      bias += q[e] * from[e];
+      sink += q[e] * (to[e] - from[e]);
+      q[e] = __fdividef(q[e], balance[e]);
+    }
   }
   bias = warp_sum(bias);
+  sink = warp_sum(sink);
   lane_signs<kGroup, kKeySigns>(diagonal);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) q[e] *= diagonal[e];
@@ -94,6 +102,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const RowRange& rows
     out->unit[row][g] = largest / kLargest + 0.0f * sum;
     out->base[row][g] = __float2int_rn(-sum * inverse);
     out->bias[row][g] = bias * p.scale_log2;
+    out->sink[row][g] = sink * p.scale_log2;
   }
 }
 

@@ -32,6 +32,9 @@ struct DecodeTraits {
   static constexpr int kBatchUnits = 2;
   static constexpr int kBatchTokens = kBatchUnits * kUnitTokens;
   static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
+  // Copied before queries are prepared. With more, a warp's first batch would wait behind the later
+  // ones of the others.
+  static constexpr int kEarlyStages = 2;
 
   // A query is two int8 numbers, high and low, in neighbouring columns of the key products.
   static constexpr int kKeyTiles = kRows / 4;
@@ -58,11 +61,21 @@ struct DecodeTraits {
     float unit[kRows][kNumGroups];    // score of an integer product of 1
     int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
     float bias[kRows][kNumGroups];    // <q, center> of a group, scaled, in log2
+    float sink[kRows][kNumGroups];    // <q, sink - center>, likewise
   };
   struct Merge {
     float out[kWarps][kRows][kHeadDim];
     float max[kWarps][kRows];
     float sum[kWarps][kRows];
+  };
+  // Splits of a row are shared by some warps.
+  static constexpr int kWarpsPerRow = kWarps < kRows ? 1 : kWarps / kRows;
+  struct Combine {
+    float out[kWarps][kHeadDim];
+    float sum[kWarps];
+    // The result of the only split, which need not leave the CTA.
+    float only_out[kRows][kHeadDim];
+    float only_lse[kRows];
   };
   struct Stream {
     int2 pieces[kChunksPerLane][32];  // offset in a region, and per unit of the block; in bytes
@@ -75,8 +88,12 @@ struct DecodeTraits {
     Stream stream;
     union {  // the ring is done with when the warps merge
       alignas(128) uint8_t ring[kWarps][kRingBytes];
-      Merge merge;
+      struct {
+        Merge merge;
+        Combine combine;
+      };
     };
+    bool is_last;  // of the request's splits
   };
 
   static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");

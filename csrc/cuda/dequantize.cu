@@ -1,8 +1,9 @@
 // Paged dequantize: reconstruct keys and values of a bounded range of tokens.
 //
 // Grid: one warp per (output row, KV head, key or value, group); a lane holds group / 32
-// coordinates. k = c + alpha (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py: decode_keys,
-// decode_values) Bound by the bytes written, 2 * head_dim elements per token and KV head.
+// coordinates. k = o + alpha B^-1 (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py:
+// decode_keys, decode_values) Bound by the bytes written, 2 * head_dim elements per token and KV
+// head.
 #include "core/codebook.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -108,10 +109,14 @@ __global__ void __launch_bounds__(kWarps * 32)
       __half2float(reinterpret_cast<const __half*>(scales)[int64_t{group} * block_size + offset]) *
       (1 / Codebook<kGroup>::kRoot);
   const int first = group * kGroup + lane * kCount;
-  const float* center = p.center + int64_t{kv_head} * layout.head_dim + first;
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    x[e] = scale * diagonal[e] * x[e] + (is_value ? 0.0f : center[e]);
+  for (int e = 0; e < kCount; ++e) x[e] *= fabsf(scale) * diagonal[e];
+  if (!is_value) {
+    const KeyFrame& frame = p.key_frame;
+    const float* origin = (signbit(scale) ? frame.sink(kv_head) : frame.center(kv_head)) + first;
+    const float* balance = frame.balance(kv_head) + first;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = x[e] / balance[e] + origin[e];
   }
   write_row(is_value ? p.value : p.key, row, kv_head, first, x);
 }

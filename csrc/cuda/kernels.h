@@ -31,11 +31,12 @@ DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens);
 // Upper bound of num_splits of any plan for the shape.
 int64_t most_splits(const DecodeShape& shape);
 
-// Partial results, one of every split.
+// Partial results, one of every split, and who is done with them.
 struct Partials {
-  float* out;        // [num_splits, num_rows, head_dim], normalized, values still rotated
-  float* lse;        // [num_splits, num_rows], natural logarithm; -inf: `out` was not written
-  int64_t num_rows;  // num_tokens * num_heads
+  float* out;         // [num_splits, num_rows, head_dim], normalized, values still rotated
+  float* lse;         // [num_splits, num_rows], natural logarithm; -inf: `out` was not written
+  int64_t num_rows;   // num_tokens * num_heads
+  uint32_t* tickets;  // [num_reqs, num_kv_heads], all 0 before and after; of one launch at a time
 };
 
 void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Partials& partials,

@@ -60,4 +60,11 @@ __device__ inline uint32_t pack_half2(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&packed);
 }
 
+// Load what other CTAs may have written during this launch, or this one to shared memory.
+__device__ inline float load_relaxed(const float* at) {
+  float x;
+  asm volatile("ld.relaxed.gpu.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+  return x;
+}
+
 }  // namespace tq::cuda

@@ -31,15 +31,20 @@ __device__ void rotate(const float (&x)[kPerLane<kGroup>], float (&out)[kPerLane
   warp_hadamard<kGroup>(out);
 }
 
-// Rotate and normalize x; write u and its centroids; return |x|.
-template <int kGroup, const SignDiagonal& kDiagonal>
-__device__ float quantize(const float (&x)[kPerLane<kGroup>], float (&u)[kPerLane<kGroup>],
-                          float (&centroid)[kPerLane<kGroup>], uint32_t* index) {
-  using Book = Codebook<kGroup>;
+template <int kGroup>
+__device__ float sum_of_squares(const float (&x)[kPerLane<kGroup>]) {
   float squares[kPerLane<kGroup>];
 #pragma unroll
   for (int e = 0; e < kPerLane<kGroup>; ++e) squares[e] = __fmul_rn(x[e], x[e]);
-  const float norm = __fsqrt_rn(warp_tree_sum<kGroup>(squares));
+  return warp_tree_sum<kGroup>(squares);
+}
+
+// Rotate and normalize x of length `norm`; write u, its centroids and its indices.
+template <int kGroup, const SignDiagonal& kDiagonal>
+__device__ void quantize(const float (&x)[kPerLane<kGroup>], float norm,
+                         float (&u)[kPerLane<kGroup>], float (&centroid)[kPerLane<kGroup>],
+                         uint32_t* index) {
+  using Book = Codebook<kGroup>;
   const float inverse = norm > 0.0f ? __fdiv_rn(1.0f, norm) : 0.0f;
   rotate<kGroup, kDiagonal>(x, u);
   *index = 0;
@@ -51,7 +56,6 @@ __device__ float quantize(const float (&x)[kPerLane<kGroup>], float (&u)[kPerLan
     centroid[e] = code < 2 ? -size : size;
     *index |= code << (kIndexBits * e);
   }
-  return norm;
 }
 
 // |x| sqrt(d) / <u, u^>, saturated; 0 for a zero vector.
@@ -62,12 +66,29 @@ __device__ float group_scale(float norm, float overlap) {
   return scale > kHalfMax ? kHalfMax : scale;
 }
 
+// `frame` starts at the lane's coordinates, its parts `head_dim` apart.
 template <int kGroup>
-__device__ LaneCode encode_key(const float (&x)[kPerLane<kGroup>]) {
+__device__ LaneCode encode_key(const float (&key)[kPerLane<kGroup>], const float* frame,
+                               int head_dim) {
   constexpr int kCount = kPerLane<kGroup>;
-  float u[kCount], centroid[kCount], projected[kCount], scratch[kCount];
+  float u[kCount], centroid[kCount], projected[kCount], scratch[kCount], x[kCount], far[kCount];
   LaneCode code{};
-  const float norm = quantize<kGroup, kKeySigns>(x, u, centroid, &code.index);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    const float balance = frame[2 * head_dim + e];
+    x[e] = __fmul_rn(__fsub_rn(key[e], frame[e]), balance);
+    far[e] = __fmul_rn(__fsub_rn(key[e], frame[head_dim + e]), balance);
+  }
+  float square = sum_of_squares<kGroup>(x);
+  const float far_square = sum_of_squares<kGroup>(far);
+  const bool at_sink = far_square < square;
+  if (at_sink) {
+    square = far_square;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = far[e];
+  }
+  const float norm = __fsqrt_rn(square);
+  quantize<kGroup, kKeySigns>(x, norm, u, centroid, &code.index);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) scratch[e] = __fsub_rn(u[e], centroid[e]);
   rotate<kGroup, kResidualSigns>(scratch, projected);
@@ -82,7 +103,7 @@ __device__ LaneCode encode_key(const float (&x)[kPerLane<kGroup>]) {
   const float agreement = warp_tree_sum<kGroup>(scratch);
   const float overlap = __fadd_rn(warp_tree_sum<kGroup>(centroid),
                                   __fmul_rn(Codebook<kGroup>::kQjlWeight, agreement));
-  code.scale = group_scale<kGroup>(norm, overlap);
+  code.scale = copysignf(group_scale<kGroup>(norm, overlap), at_sink ? -1.0f : 1.0f);
   return code;
 }
 
@@ -91,7 +112,8 @@ __device__ LaneCode encode_value(const float (&x)[kPerLane<kGroup>]) {
   constexpr int kCount = kPerLane<kGroup>;
   float u[kCount], centroid[kCount];
   LaneCode code{};
-  const float norm = quantize<kGroup, kValueSigns>(x, u, centroid, &code.index);
+  const float norm = __fsqrt_rn(sum_of_squares<kGroup>(x));
+  quantize<kGroup, kValueSigns>(x, norm, u, centroid, &code.index);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) centroid[e] = __fmul_rn(u[e], centroid[e]);
   code.scale = group_scale<kGroup>(norm, warp_tree_sum<kGroup>(centroid));
@@ -133,12 +155,9 @@ __global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p)
   const int first = group * kGroup + lane * kCount;
   float x[kCount];
   read_row(is_value ? p.value : p.key, token, kv_head, first, x);
-  if (!is_value) {
-    const float* center = p.center + int64_t{kv_head} * layout.head_dim + first;
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = __fsub_rn(x[e], center[e]);
-  }
-  const LaneCode code = is_value ? encode_value<kGroup>(x) : encode_key<kGroup>(x);
+  const LaneCode code =
+      is_value ? encode_value<kGroup>(x)
+               : encode_key<kGroup>(x, p.key_frame.center(kv_head) + first, layout.head_dim);
 
   // 3. Write it.
   const BlockOffsets at = layout.offsets(block_size);

@@ -127,11 +127,11 @@ inline Cache cache(const Tensor& x, int64_t head_dim) {
           layout};
 }
 
-inline const float* center(const Tensor& x, int64_t num_kv_heads, int64_t head_dim) {
-  check_dtype("center", x, ScalarType::Float);
-  check_shape("center", x, {num_kv_heads, head_dim});
-  check_contiguous("center", x);
-  return static_cast<const float*>(x.data_ptr());
+inline KeyFrame key_frame(const Tensor& x, int64_t num_kv_heads, int64_t head_dim) {
+  check_dtype("key_frame", x, ScalarType::Float);
+  check_shape("key_frame", x, {num_kv_heads, 3, head_dim});
+  check_contiguous("key_frame", x);
+  return {static_cast<const float*>(x.data_ptr()), static_cast<int>(head_dim)};
 }
 
 // Contiguous int32 [size].

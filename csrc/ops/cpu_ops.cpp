@@ -17,9 +17,9 @@ cpu::Threads threads() {
           }};
 }
 
-void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor kv_cache,
+void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
            const Tensor& slot_mapping) {
-  const StoreParams p = store_params(key, value, center, kv_cache, slot_mapping);
+  const StoreParams p = store_params(key, value, key_frame, kv_cache, slot_mapping);
   const int64_t num_slots = p.cache.num_blocks * p.cache.block_size;
   for (int64_t i = 0; i < p.num_tokens; ++i) {
     STD_TORCH_CHECK(p.slot_mapping[i] < num_slots, "slot_mapping has slot ", p.slot_mapping[i],
@@ -29,11 +29,12 @@ void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor 
 }
 
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                     const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& center,
+                     const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
-                     std::optional<Tensor> /* scratch: its threads have their own */) {
+                     std::optional<Tensor> /* scratch: threads have their own */,
+                     std::optional<Tensor> /* tickets */) {
   const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
-                                             query_start_loc, center, scale, causal, out, lse);
+                                             query_start_loc, key_frame, scale, causal, out, lse);
   const int64_t last = p.query_start_loc[p.num_reqs];
   STD_TORCH_CHECK(last <= query.size(0) && last <= out.size(0) && last <= lse.size(1),
                   "query_start_loc ends at row ", last, ", query, out and lse have ", query.size(0),
@@ -47,9 +48,10 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
-                const Tensor& cu_seq_lens, const Tensor& center, Tensor key_out, Tensor value_out) {
-  const DequantizeParams p =
-      dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens, center, key_out, value_out);
+                const Tensor& cu_seq_lens, const Tensor& key_frame, Tensor key_out,
+                Tensor value_out) {
+  const DequantizeParams p = dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens,
+                                               key_frame, key_out, value_out);
   const int64_t num_rows = p.cu_seq_lens[p.num_reqs];
   STD_TORCH_CHECK(num_rows <= key_out.size(0) && num_rows <= value_out.size(0),
                   "cu_seq_lens ends at row ", num_rows, ", key_out and value_out have ",

@@ -45,24 +45,24 @@ cuda::DecodeShape shape_of(const AttentionParams& p, int64_t num_tokens) {
   return {p.num_reqs, num_tokens, p.num_heads, p.cache.num_kv_heads, p.cache.layout.head_dim};
 }
 
-void store(const Tensor& key, const Tensor& value, const Tensor& center, Tensor kv_cache,
+void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
            const Tensor& slot_mapping) {
-  const StoreParams p = store_params(key, value, center, kv_cache, slot_mapping);
+  const StoreParams p = store_params(key, value, key_frame, kv_cache, slot_mapping);
   check_aligned(p.cache);
   check_device("key", key, kv_cache);
   check_device("value", value, kv_cache);
-  check_device("center", center, kv_cache);
+  check_device("key_frame", key_frame, kv_cache);
   check_device("slot_mapping", slot_mapping, kv_cache);
   const DeviceScope scope(kv_cache);
   cuda::store(p, scope.stream());
 }
 
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                     const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& center,
+                     const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
-                     std::optional<Tensor> scratch) {
+                     std::optional<Tensor> scratch, std::optional<Tensor> tickets) {
   const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
-                                             query_start_loc, center, scale, causal, out, lse);
+                                             query_start_loc, key_frame, scale, causal, out, lse);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
   check_aligned(p.cache);
   STD_TORCH_CHECK(num_tokens <= out.size(0) && num_tokens <= lse.size(1), "query has ", num_tokens,
@@ -71,7 +71,7 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_device("block_table", block_table, kv_cache);
   check_device("seq_lens", seq_lens, kv_cache);
   check_device("query_start_loc", query_start_loc, kv_cache);
-  check_device("center", center, kv_cache);
+  check_device("key_frame", key_frame, kv_cache);
   check_device("out", out, kv_cache);
   check_device("lse", lse, kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) return;
@@ -92,7 +92,17 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   auto* partial_out = static_cast<float*>(memory.data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(partial_out) % 16 == 0,
                   "scratch must be aligned to 16 bytes");
-  cuda::paged_attention(p, plan, {partial_out, partial_out + out_bytes / sizeof(float), num_rows},
+  const int64_t num_tickets = int64_t{p.num_reqs} * p.cache.num_kv_heads;
+  const Tensor ticket =
+      tickets ? *tickets : torch::stable::new_zeros(query, {num_tickets}, ScalarType::Int);
+  check_dtype("tickets", ticket, ScalarType::Int);
+  check_contiguous("tickets", ticket);
+  check_device("tickets", ticket, kv_cache);
+  STD_TORCH_CHECK(ticket.numel() >= num_tickets, "tickets has ", ticket.numel(),
+                  " elements, expected ", num_tickets);
+  cuda::paged_attention(p, plan,
+                        {partial_out, partial_out + out_bytes / sizeof(float), num_rows,
+                         static_cast<uint32_t*>(ticket.data_ptr())},
                         scope.stream());
 }
 
@@ -103,16 +113,17 @@ int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int6
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
-                const Tensor& cu_seq_lens, const Tensor& center, Tensor key_out, Tensor value_out) {
-  const DequantizeParams p =
-      dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens, center, key_out, value_out);
+                const Tensor& cu_seq_lens, const Tensor& key_frame, Tensor key_out,
+                Tensor value_out) {
+  const DequantizeParams p = dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens,
+                                               key_frame, key_out, value_out);
   check_aligned(p.cache);
   STD_TORCH_CHECK(key_out.size(0) == value_out.size(0), "key_out and value_out have ",
                   key_out.size(0), " and ", value_out.size(0), " rows, expected as many");
   check_device("block_table", block_table, kv_cache);
   check_device("seq_starts", seq_starts, kv_cache);
   check_device("cu_seq_lens", cu_seq_lens, kv_cache);
-  check_device("center", center, kv_cache);
+  check_device("key_frame", key_frame, kv_cache);
   check_device("key_out", key_out, kv_cache);
   check_device("value_out", value_out, kv_cache);
   const DeviceScope scope(kv_cache);

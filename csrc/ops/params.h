@@ -5,7 +5,7 @@
 
 namespace tq::ops {
 
-inline StoreParams store_params(const Tensor& key, const Tensor& value, const Tensor& center_,
+inline StoreParams store_params(const Tensor& key, const Tensor& value, const Tensor& key_frame_,
                                 const Tensor& kv_cache, const Tensor& slot_mapping) {
   check_shape("key", key, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key.size(1), head_dim = key.size(2);
@@ -14,7 +14,7 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
   check_shape("kv_cache", kv_cache, {kAny, num_kv_heads, kAny, kAny});
   p.key = rows("key", key, num_kv_heads, head_dim);
   p.value = rows("value", value, num_kv_heads, head_dim);
-  p.center = center(center_, num_kv_heads, head_dim);
+  p.key_frame = key_frame(key_frame_, num_kv_heads, head_dim);
   check_dtype("slot_mapping", slot_mapping, ScalarType::Long);
   check_shape("slot_mapping", slot_mapping, {kAny});
   check_contiguous("slot_mapping", slot_mapping);
@@ -28,7 +28,7 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
 
 inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_cache,
                                         const Tensor& block_table_, const Tensor& seq_lens,
-                                        const Tensor& query_start_loc, const Tensor& center_,
+                                        const Tensor& query_start_loc, const Tensor& key_frame_,
                                         double scale, bool causal, const Tensor& out,
                                         const Tensor& lse) {
   check_shape("query", query, {kAny, kAny, kAny});
@@ -44,7 +44,7 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
   p.block_table = block_table(block_table_, p.num_reqs);
   p.seq_lens = int_vector("seq_lens", seq_lens, p.num_reqs);
   p.query_start_loc = int_vector("query_start_loc", query_start_loc, p.num_reqs + 1);
-  p.center = center(center_, p.cache.num_kv_heads, head_dim);
+  p.key_frame = key_frame(key_frame_, p.cache.num_kv_heads, head_dim);
   p.scale = static_cast<float>(scale);
   p.causal = causal;
   p.out = mutable_rows("out", out, num_heads, head_dim);
@@ -59,7 +59,7 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
 
 inline DequantizeParams dequantize_params(const Tensor& kv_cache, const Tensor& block_table_,
                                           const Tensor& seq_starts, const Tensor& cu_seq_lens,
-                                          const Tensor& center_, const Tensor& key_out,
+                                          const Tensor& key_frame_, const Tensor& key_out,
                                           const Tensor& value_out) {
   check_shape("key_out", key_out, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key_out.size(1), head_dim = key_out.size(2);
@@ -71,7 +71,7 @@ inline DequantizeParams dequantize_params(const Tensor& kv_cache, const Tensor& 
   p.block_table = block_table(block_table_, p.num_reqs);
   p.seq_starts = int_vector("seq_starts", seq_starts, p.num_reqs);
   p.cu_seq_lens = int_vector("cu_seq_lens", cu_seq_lens, p.num_reqs + 1);
-  p.center = center(center_, num_kv_heads, head_dim);
+  p.key_frame = key_frame(key_frame_, num_kv_heads, head_dim);
   p.key = mutable_rows("key_out", key_out, num_kv_heads, head_dim);
   p.value = mutable_rows("value_out", value_out, num_kv_heads, head_dim);
   return p;

@@ -3,18 +3,18 @@
 
 STABLE_TORCH_LIBRARY(turboquant, m) {
   m.def(
-      "store(Tensor key, Tensor value, Tensor center, Tensor(a!) kv_cache, Tensor slot_mapping) "
+      "store(Tensor key, Tensor value, Tensor key_frame, Tensor(a!) kv_cache, Tensor slot_mapping) "
       "-> ()");
   m.def(
       "paged_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor center, float scale, bool causal, Tensor(a!) out, "
-      "Tensor(b!) lse, Tensor(c!)? scratch=None) -> ()");
+      "Tensor query_start_loc, Tensor key_frame, float scale, bool causal, Tensor(a!) out, "
+      "Tensor(b!) lse, Tensor(c!)? scratch=None, Tensor(d!)? tickets=None) -> ()");
   m.def(
       "paged_attention_scratch_bytes(int num_reqs, int num_tokens, int num_heads, "
       "int num_kv_heads, int head_dim) -> int");
   m.def(
       "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
-      "Tensor center, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+      "Tensor key_frame, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
   // Fills tensors with what the kernels were compiled with, for a test that compares it with
   // Python.
   m.def(

@@ -1,12 +1,12 @@
-"""Centers of keys: measured once, when a model has been loaded and before its first token.
+"""Key frames, measured once: when a model has been loaded and before its first token.
 
-The keys of real models are mostly one constant vector per layer and KV head. A softmax does not see
-a constant that all keys share, so it is subtracted before keys are coded, and the code's bits are
-left for what differs between them. The constant has to be the same for all tokens that ever share a
-cache; the mean key of random tokens is as good as that of text, so no data is needed.
+One forward pass over random tokens shows where the keys of every KV head lie: their mean, the key
+of the first token, which models use as attention sink, and how much every coordinate varies and
+weighs. Random tokens serve as well as text, so no data is needed. A frame has to be the same for
+all tokens that ever share a cache, and the same in every replica.
 
-The result is deterministic: equal weights give equal centers in every replica, and every tensor
-parallel rank measures those of its own heads.
+The result is deterministic: equal weights give equal frames, and every tensor parallel rank
+measures those of its own heads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.attention import TurboQuant3Impl
+from vllm_turboquant.frame import make_frame, plain_frame
 from vllm_turboquant.options import read_options
 
 if TYPE_CHECKING:
@@ -33,45 +35,85 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.turboquant")
 
-BUFFER = "turboquant3_center"
 SEED = 0
 NUM_TOKENS = 256
 #: The first keys are those of the attention sink, which are unlike all others.
 NUM_SKIPPED = 4
+#: Stretching coordinates by (query power / key power)^(1 / 4) makes the error of scores smallest,
+#: for the tokens that were measured; of text this is true only in part, and 0.15 is better.
+BALANCE_EXPONENT = 0.15
+#: No coordinate is stretched or shrunk more than this.
+MAX_BALANCE = 4.0
 
 
 @dataclass(frozen=True)
 class KeyMoments:
-    """What one layer's keys have in common.
+    """What one layer's keys have in common, and how they differ.
 
     Attributes:
-        mean: [num_kv_heads, head_dim] float32.
+        frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
         share: [num_kv_heads] float32, norm of the mean over the root mean square norm of a key, in
             0..1; 0 where all keys are 0.
     """
 
-    mean: Tensor
+    frame: Tensor
     share: Tensor
 
     @staticmethod
-    def of(key: Tensor) -> KeyMoments:
-        """Moments of keys.
+    def of(query: Tensor, key: Tensor) -> KeyMoments:
+        """Moments of one sequence.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim], after RoPE.
+            key: [num_tokens, num_kv_heads, head_dim], after RoPE.
+        """
+        first = min(NUM_SKIPPED, key.shape[0] - 1)
+        sink, key, query = key[0].float(), key[first:].float(), query[first:].float()
+        center = key.mean(dim=0)
+        key_power = (key - center).square().mean(dim=0)
+        query_power = query.square().mean(dim=0).view(len(center), -1, center.shape[1]).mean(dim=1)
+        frame = make_frame(center, sink, balance(query_power, key_power))
+        return KeyMoments(frame, _share(key, center))
+
+    @staticmethod
+    def of_constant(key: Tensor) -> KeyMoments:
+        """Moments where nothing but the mean of the keys is known.
 
         Args:
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
         """
-        key = key.float()
-        mean = key.mean(dim=0)
-        rms = key.square().sum(dim=-1).mean(dim=0).sqrt()
-        share = torch.where(rms > 0, torch.linalg.vector_norm(mean, dim=-1) / rms, 0.0)
-        return KeyMoments(mean, share)
+        center = key.float().mean(dim=0)
+        return KeyMoments(plain_frame(center), _share(key.float(), center))
 
 
-def center_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Measure the centers of all turboquant3 layers of a loaded model and register them.
+def balance(query_power: Tensor, key_power: Tensor) -> Tensor:
+    """How much to stretch every coordinate of keys before a rotation spreads their error evenly.
+
+    Stretching by b multiplies the error of scores by sum(b^2 key_power) sum(query_power / b^2).
+
+    Args:
+        query_power: [num_kv_heads, head_dim], mean square of a query's coordinate.
+        key_power: As ``query_power``, of keys less their center.
+
+    Returns:
+        [num_kv_heads, head_dim] of geometric mean 1, but for coordinates at the limits.
+    """
+    known = (query_power > 0) & (key_power > 0)
+    stretch = BALANCE_EXPONENT * torch.where(known, query_power.log() - key_power.log(), 0.0)
+    stretch -= stretch.mean(dim=-1, keepdim=True)
+    return stretch.exp().clamp(1 / MAX_BALANCE, MAX_BALANCE)
+
+
+def _share(key: Tensor, center: Tensor) -> Tensor:
+    rms = key.square().sum(dim=-1).mean(dim=0).sqrt()
+    return torch.where(rms > 0, torch.linalg.vector_norm(center, dim=-1) / rms, 0.0)
+
+
+def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Measure the key frames of all turboquant3 layers of a loaded model and register them.
 
     They become buffers of the model, so that sleep mode brings them back. With the option off they
-    stay zero.
+    stay what they are: keys are coded as they come.
 
     Args:
         model: All its weights loaded and processed.
@@ -83,8 +125,9 @@ def center_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
         if layer.kv_cache_dtype == CACHE_DTYPE
     }
     for layer in layers.values():
-        layer.register_buffer(BUFFER, _impl(layer).center, persistent=False)
-    if not layers or not read_options(vllm_config).center_keys:
+        for buffer, tensor in _impl(layer).buffers().items():
+            layer.register_buffer(f"{CACHE_DTYPE}_{buffer}", tensor, persistent=False)
+    if not layers or not read_options(vllm_config).measure_keys:
         return
     start = time.perf_counter()
     with torch.inference_mode():
@@ -95,7 +138,7 @@ def center_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
             how = f"{_num_tokens(vllm_config)} random tokens"
             moments = _measured_moments(model, layers, vllm_config)
         for name, measured in moments.items():
-            _impl(layers[name]).center.copy_(measured.mean)
+            _impl(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
     logger.info_once(
         "%s keys are centered by the mean over %s: up to %.1f %% of a key's length (%s); "
@@ -129,7 +172,7 @@ def _measured_moments(
     if config.uses_mrope:  # temporal, height and width positions, the same for text
         positions = positions.expand(3, -1).contiguous()
     with (
-        _observed_keys(layers) as moments,
+        _observed_moments(layers) as moments,
         set_current_vllm_config(vllm_config),
         # NOTE: compiled, this run would be the one that torch.compile specializes for.
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
@@ -142,21 +185,20 @@ def _measured_moments(
 
 
 @contextmanager
-def _observed_keys(layers: Mapping[str, Attention]) -> Iterator[dict[str, KeyMoments]]:
-    """Collect the moments of every layer's keys; meanwhile, layers attend without a cache."""
+def _observed_moments(layers: Mapping[str, Attention]) -> Iterator[dict[str, KeyMoments]]:
+    """Collect every layer's moments; meanwhile, layers attend without a cache."""
     moments: dict[str, KeyMoments] = {}
 
-    def observe(name: str, key: Tensor) -> None:
-        first = min(NUM_SKIPPED, key.shape[0] - 1)
-        moments[name] = KeyMoments.of(key[first:])
+    def observe(name: str, query: Tensor, key: Tensor) -> None:
+        moments[name] = KeyMoments.of(query, key)
 
     for name, layer in layers.items():
-        _impl(layer).observe_keys = lambda key, name=name: observe(name, key)
+        _impl(layer).observe = partial(observe, name)
     try:
         yield moments
     finally:
         for layer in layers.values():
-            _impl(layer).observe_keys = None
+            _impl(layer).observe = None
 
 
 def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str, KeyMoments]:
@@ -168,10 +210,10 @@ def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str
     for name, layer in layers.items():
         impl, parent = _impl(layer), parents[layer]
         bias = getattr(getattr(parent, "qkv_proj", None), "bias", None)
-        positions = torch.arange(NUM_SKIPPED, NUM_TOKENS, device=impl.center.device)
+        positions = torch.arange(NUM_SKIPPED, NUM_TOKENS, device=impl.key_frame.device)
         shape = (len(positions), impl.num_kv_heads, impl.head_size)
         if bias is None:
-            moments[name] = KeyMoments.of(torch.zeros(shape, device=impl.center.device))
+            moments[name] = KeyMoments.of_constant(torch.zeros(shape, device=impl.key_frame.device))
             continue
         sizes = [heads * impl.head_size for heads in (impl.num_heads, *2 * [impl.num_kv_heads])]
         query, key, _ = (
@@ -179,5 +221,5 @@ def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str
         )
         if hasattr(parent, "rotary_emb"):
             _, key = parent.rotary_emb(positions, query, key)
-        moments[name] = KeyMoments.of(key.reshape(shape))
+        moments[name] = KeyMoments.of_constant(key.reshape(shape))
     return moments

@@ -1,0 +1,81 @@
+// How paged_attention divides its work, and its launch.
+#include <algorithm>
+
+#include "cuda/decode_traits.cuh"
+#include "cuda/launch.cuh"
+
+namespace tq::cuda {
+namespace {
+
+struct HeadDimKernels {
+  void (*decode)(const DecodeParams&, const DecodePlan&, Stream);
+  int (*resident)(const DecodePlan&);
+};
+
+HeadDimKernels kernels_of(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return {launch_decode_d64, resident_decode_d64};
+    case 128:
+      return {launch_decode_d128, resident_decode_d128};
+    case 256:
+      return {launch_decode_d256, resident_decode_d256};
+    default:
+      throw std::runtime_error(
+          "turboquant: paged_attention on CUDA supports head_dim 64, 128 and "
+          "256, got " +
+          std::to_string(head_dim));
+  }
+}
+
+int rows_per_tile_of(const DecodeShape& shape) {
+  const int64_t tokens_per_req = (shape.num_tokens + shape.num_reqs - 1) / shape.num_reqs;
+  return tokens_per_req * (shape.num_heads / shape.num_kv_heads) <= 4 ? 4 : 8;
+}
+
+// More than two waves of CTAs on `slots` places gain nothing.
+int64_t most_splits(int64_t items, int64_t slots) {
+  return std::clamp<int64_t>(2 * (slots + items - 1) / items, 1, 128);
+}
+
+}  // namespace
+
+int64_t most_splits(const DecodeShape& shape) {
+  const int64_t items = shape.num_reqs * shape.num_kv_heads;
+  const auto resident = kernels_of(shape.head_dim).resident;
+  const int rows_per_tile = rows_per_tile_of(shape);
+  const int64_t slots =
+      std::max(resident({rows_per_tile, true, 1}), resident({rows_per_tile, false, 1}));
+  return most_splits(items, slots);
+}
+
+DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
+  const int64_t items = shape.num_reqs * shape.num_kv_heads;
+  const auto resident = kernels_of(shape.head_dim).resident;
+  DecodePlan plan{rows_per_tile_of(shape), true, 1};
+  int64_t slots = resident(plan);
+  if (items > 2 * slots) {  // or no wide CTA fits
+    plan.wide = false;
+    slots = std::max(resident(plan), 1);
+  }
+  // Fewest splits that keep the device nearly as busy as any number does; a split has 128 tokens or
+  // more.
+  const int64_t most = std::min(most_splits(items, slots), std::max<int64_t>(1, max_tokens / 128));
+  const auto busy = [&](int64_t splits) {
+    const int64_t ctas = items * splits, waves = (ctas + slots - 1) / slots;
+    return static_cast<double>(ctas) / static_cast<double>(waves * slots);
+  };
+  double best = 0.0;
+  for (int64_t s = 1; s <= most; ++s) best = std::max(best, busy(s));
+  while (plan.num_splits < most && busy(plan.num_splits) < 0.95 * best) ++plan.num_splits;
+  return plan;
+}
+
+void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Partials& partials,
+                     Stream stream) {
+  constexpr float kLog2e = 1.44269504088896f;
+  const HeadDimKernels kernels = kernels_of(p.cache.layout.head_dim);
+  kernels.decode({p, partials, plan.num_splits, p.scale * kLog2e}, plan, stream);
+}
+
+}  // namespace tq::cuda

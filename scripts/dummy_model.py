@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Write a model folder without weights, for benchmarks: `vllm serve FOLDER --load-format dummy`.
+
+    dummy_model.py models/llama-3.1-8b-dummy --tokenizer models/qwen2.5-coder-1.5b-instruct
+
+vLLM makes the weights up, so what the model says means nothing, but it takes the time and memory of
+one of that shape. The tokenizer is that of another model; where it has more tokens than the shape,
+the vocabulary is as large as it needs, which adds to the embeddings and the last layer alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# NOTE: read by huggingface_hub when it is imported; nothing here may ask a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+#: What the published models of these names consist of, but for Llama's scaling of rotary
+#: embeddings, which changes numbers and not the work.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+    },
+    "llama-3.1-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+    },
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+VOCAB_MULTIPLE = 256
+
+
+def write_model(folder: Path, shape: str, tokenizer: Path, layers: int | None = None) -> None:
+    """Write the configuration and the tokenizer.
+
+    Args:
+        folder: What to make.
+        shape: Key of ``SHAPES``.
+        tokenizer: Folder of a model whose tokenizer is copied.
+        layers: Instead of the shape's number of layers.
+    """
+    from transformers import AutoTokenizer
+
+    copied = AutoTokenizer.from_pretrained(tokenizer)
+    config = {**LLAMA, **SHAPES[shape]}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    needed = -(-len(copied) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    config["vocab_size"] = max(config["vocab_size"], needed)
+    config |= {"bos_token_id": copied.bos_token_id, "eos_token_id": copied.eos_token_id}
+    folder.mkdir(parents=True)
+    copied.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main() -> None:
+    """Write the folder named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="what to write; must not exist")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder of a model to copy a tokenizer from"
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="llama-3.1-8b", help="default: %(default)s"
+    )
+    parser.add_argument("--layers", type=int, help="how many, if not those of the shape")
+    options = parser.parse_args()
+    if options.folder.exists():
+        sys.exit(f"{options.folder} exists; name another folder")
+    if not (options.tokenizer / "tokenizer_config.json").exists():
+        sys.exit(f"{options.tokenizer} has no tokenizer_config.json; name the folder of a model")
+    write_model(options.folder, options.shape, options.tokenizer, options.layers)
+    print(f"[model] wrote {options.folder}; serve it with --load-format dummy")
+
+
+if __name__ == "__main__":
+    main()

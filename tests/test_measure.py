@@ -1,0 +1,181 @@
+"""Key frames are moments of a forward pass, measured again by an independent implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen2Config
+from vllm.config import VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import get_model
+
+from vllm_turboquant import measure, plugin
+from vllm_turboquant.frame import BALANCE, CENTER, SINK, plain_frame, relative_frame
+from vllm_turboquant.measure import (
+    BALANCE_EXPONENT,
+    MAX_BALANCE,
+    NUM_SKIPPED,
+    NUM_TOKENS,
+    SEED,
+    KeyMoments,
+    balance,
+    measure_keys,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two layers of random weights and large biases of keys."""
+    return save_qwen(tmp_path_factory.mktemp("qwen"), key_weights=0.02)
+
+
+def save_qwen(folder: Path, key_weights: float) -> Path:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2 * NUM_TOKENS,
+        tie_word_embeddings=True,
+        dtype="float32",
+        architectures=["Qwen2ForCausalLM"],
+    )
+    model = AutoModelForCausalLM.from_config(config).float()
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.k_proj.bias, std=5.0)
+        nn.init.normal_(layer.self_attn.k_proj.weight, std=key_weights)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's worker sets up on a CPU, with this process alone in all parallel groups."""
+    plugin.register()
+    patch = pytest.MonkeyPatch()
+    if not torch.cuda.is_available():
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    store = tmp_path_factory.mktemp("store") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+    patch.undo()
+
+
+def load(folder: Path, **options: bool) -> tuple[nn.Module, VllmConfig]:
+    config = EngineArgs(
+        model=str(folder),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_dtype="turboquant3",
+        additional_config={"turboquant": options},
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config), config
+
+
+def key_frames(model: nn.Module, config: VllmConfig) -> list[Tensor]:
+    measure_keys(model, config)
+    layers = get_layers_from_vllm_config(config, Attention)
+    buffers = dict(model.named_buffers())
+    for name, layer in layers.items():
+        impl = layer.impl
+        for buffer in ("key_frame", "relative_frame"):  # kernels read what sleep mode restores
+            assert buffers[f"{name}.turboquant3_{buffer}"] is getattr(impl, buffer)
+        assert torch.equal(impl.relative_frame, relative_frame(impl.key_frame))
+    return [layers[name].impl.key_frame for name in sorted(layers)]
+
+
+def test_key_frames_are_moments_of_a_forward_pass(qwen: Path) -> None:
+    got = key_frames(*load(qwen))
+    twin = AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32)
+    queries: list[Tensor] = []
+    for layer in twin.model.layers:  # before RoPE, which keeps the power of a pair of coordinates
+        layer.self_attn.q_proj.register_forward_hook(
+            lambda module, inputs, output: queries.append(output[0])
+        )
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(twin.config.vocab_size, (1, NUM_TOKENS), generator=generator)
+    cache = twin(ids, use_cache=True).past_key_values
+    for layer, key_frame in enumerate(got):
+        keys = cache.layers[layer].keys[0]  # [num_kv_heads, num_tokens, head_dim], after RoPE
+        center, seen = keys[:, NUM_SKIPPED:].mean(dim=1), keys[:, NUM_SKIPPED:]
+        torch.testing.assert_close(key_frame[:, CENTER], center, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(key_frame[:, SINK], keys[:, 0], rtol=1e-3, atol=1e-4)
+        # Of a balance, what is left when the keys' part is taken away belongs to the queries.
+        of_keys = (seen - center[:, None]).square().mean(dim=1).log()
+        of_queries = key_frame[:, BALANCE].log() / BALANCE_EXPONENT + of_keys
+        of_queries = (of_queries - of_queries.mean()).exp()
+        power = queries[layer][NUM_SKIPPED:].square().mean(dim=0).view(2, 2, 32).mean(dim=0)
+        pairs = of_queries.view(2, 32).mean(dim=0), power.mean(dim=0)
+        assert torch.corrcoef(torch.stack(pairs))[0, 1] > 0.99
+
+
+def test_equal_weights_give_equal_frames(qwen: Path) -> None:
+    first, second = key_frames(*load(qwen)), key_frames(*load(qwen))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(a[:, CENTER].norm() > 1 for a in first)
+
+
+def test_option_leaves_keys_as_they_come(qwen: Path) -> None:
+    for key_frame in key_frames(*load(qwen, measure_keys=False)):
+        assert torch.equal(key_frame, plain_frame(torch.zeros_like(key_frame[:, CENTER])))
+
+
+def test_pipeline_stages_use_the_rotated_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that are nothing but their bias have a center that needs no forward pass."""
+    folder = save_qwen(tmp_path, key_weights=0.0)
+    measured = key_frames(*load(folder))
+    model, config = load(folder)
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    monkeypatch.setattr(measure, "_measured_moments", None)
+    for key_frame, want in zip(key_frames(model, config), measured, strict=True):
+        center = want[:, CENTER]
+        torch.testing.assert_close(key_frame, plain_frame(center), rtol=1e-4, atol=1e-5)
+
+
+def test_moments() -> None:
+    """The first four tokens are left out, but for the first key, which is the sink."""
+    query = torch.tensor([[1.0, 2.0]]).expand(6, 2, 2)
+    key = torch.tensor([[8.0, 6.0], [9, 9], [9, 9], [9, 9], [3, 4], [3, -4]])[:, None]
+    moments = KeyMoments.of(query, key)
+    assert torch.equal(moments.frame[:, CENTER], torch.tensor([[3.0, 0.0]]))
+    assert torch.equal(moments.frame[:, SINK], torch.tensor([[8.0, 6.0]]))
+    torch.testing.assert_close(moments.share, torch.tensor([0.6]))
+    want = balance(torch.tensor([[1.0, 4.0]]), torch.tensor([[0.0, 16.0]]))
+    assert torch.equal(moments.frame[:, BALANCE], want)
+    nothing = KeyMoments.of(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2))
+    assert nothing.share.item() == 0
+    assert torch.equal(nothing.frame, plain_frame(torch.zeros(1, 2)))
+
+
+def test_balance() -> None:
+    """Where queries weigh more, keys are stretched; nothing is stretched without end."""
+    power = torch.tensor([[1.0, 4.0, 16.0]])
+    stretch = balance(power, power.flip(-1))
+    torch.testing.assert_close(stretch, (power / power.flip(-1)) ** BALANCE_EXPONENT)
+    assert torch.equal(balance(power, power), torch.ones(1, 3))
+    extreme = balance(torch.tensor([[1e30, 1e-30, 0.0]]), torch.tensor([[1e-30, 1e30, 0.0]]))
+    assert extreme.tolist() == [[MAX_BALANCE, 1 / MAX_BALANCE, 1.0]]
