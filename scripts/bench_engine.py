@@ -317,7 +317,8 @@ def run_engine(
             capacity = server.capacity()
             engine["capacity_tokens"] = capacity.num_tokens
             engine["memory_bytes"] = capacity.memory_bytes
-            engine["start_s"] = round(time.monotonic() - begin, 1)
+            if not started:
+                engine["start_s"] = round(time.monotonic() - begin, 1)
             record.put_engine(dtype, engine)
             say(f"{dtype}: {json.dumps(engine)}")
             _, max_tokens = served_model(server.url)
