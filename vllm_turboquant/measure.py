@@ -2,11 +2,12 @@
 
 One forward pass over random tokens shows where the keys of every KV head lie: their mean, the key
 of the first token, which models use as attention sink, and how much every coordinate varies and
-weighs. Random tokens serve as well as text, so no data is needed. A frame has to be the same for
-all tokens that ever share a cache, and the same in every replica.
+weighs. Random tokens will do, so no data is needed. A frame has to be the same for all tokens that
+ever share a cache, and the same in every replica.
 
-The result is deterministic: equal weights give equal frames, and every tensor parallel rank
-measures those of its own heads.
+The result is deterministic: equal weights give equal frames. Every tensor parallel rank measures
+those of its own heads; ranks that each have a copy of a KV head, and of its cache, balance it for
+their own query heads.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ int64_t most_splits(const DecodeShape& shape);
 // Partial results, one of every split, and who is done with them.
 struct Partials {
   float* out;         // [num_splits, num_rows, head_dim], normalized, values still rotated
-  float* lse;         // [num_splits, num_rows], natural logarithm; -inf: `out` was not written
+  float* lse;         // [num_splits, num_rows], natural logarithm; -inf where nothing is seen
   int64_t num_rows;   // num_tokens * num_heads
   uint32_t* tickets;  // [num_reqs, num_kv_heads], all 0 before and after; of one launch at a time
 };
