@@ -32,15 +32,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from decode_client import random_prompts, run_decode
+from engine_workloads import QUICK, SETS, Workload
 from rich.console import Console
 from rich.table import Table
 from vllm_server import Server, ServerError, served_model
@@ -62,97 +62,6 @@ START_TIMEOUT_S = 300.0
 WORKLOAD_TIMEOUT_S = 300.0
 LOG_LINES = 500  # in which the last error is looked for
 ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests of one shape.
-
-    Attributes:
-        name: What its rows are called.
-        input_tokens: Length of each prompt.
-        output_tokens: New tokens of each request, whatever the model says.
-        concurrency: Requests at a time; None for as many as the cache holds.
-        prompts: Requests in all; of decoding, the most at a time.
-        decode: Whether decoding alone is measured.
-    """
-
-    name: str
-    input_tokens: int
-    output_tokens: int
-    concurrency: int | None
-    prompts: int
-    decode: bool = False
-
-    @classmethod
-    def parse(cls, text: str, known: str = "requests") -> Workload:
-        """Read ``NAME=input,output,concurrency,prompts``, or the name of one of a set.
-
-        Args:
-            text: What to read.
-            known: Key of ``SETS``.
-
-        Raises:
-            argparse.ArgumentTypeError: It is neither; the message says what is accepted.
-        """
-        if text in SETS[known]:
-            return SETS[known][text]
-        match = re.fullmatch(r"([^=]+)=([1-9]\d*),([1-9]\d*),(fit|[1-9]\d*),([1-9]\d*)", text)
-        if match is None:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no workload; give NAME=input,output,concurrency,prompts (positive "
-                f"numbers, or fit for the concurrency) or one of {', '.join(SETS[known])}"
-            )
-        concurrency = None if match[4] == "fit" else int(match[4])
-        sizes = int(match[2]), int(match[3]), concurrency, int(match[5])
-        return cls(match[1], *sizes, decode=known == "decode")
-
-    @property
-    def request_tokens(self) -> int:
-        """Slots that one request needs at its end."""
-        return self.input_tokens + self.output_tokens
-
-    def clients(self, fit: int) -> int:
-        """Requests at a time against an engine whose cache holds ``fit`` of them."""
-        fit = max(1, fit)
-        wanted = self.concurrency or fit
-        # What does not fit would be prefilled again and again, which is not decoding.
-        return min(min(wanted, fit) if self.decode else wanted, self.prompts)
-
-
-def by_name(*workloads: Workload) -> dict[str, Workload]:
-    """A set, in this order."""
-    return {workload.name: workload for workload in workloads}
-
-
-SETS = {
-    "requests": by_name(
-        Workload("chat", 128, 128, 64, 256),
-        Workload("4k-x16", 4096, 128, 16, 48),
-        Workload("16k-x1", 16384, 64, 1, 3),
-        Workload("16k-x8", 16384, 64, 8, 16),
-        Workload("fit", 2048, 256, None, 400),
-        Workload("ttft-512", 512, 1, 1, 15),
-        Workload("ttft-2k", 2048, 1, 1, 15),
-        Workload("ttft-8k", 8192, 1, 1, 9),
-        Workload("ttft-16k", 16384, 1, 1, 7),
-    ),
-    "decode": by_name(
-        *(
-            Workload(f"{context}-{requests}", input_tokens, 512, concurrency, prompts, decode=True)
-            for context, input_tokens in {"4k": 4096, "16k": 16384, "32k": 32768 - 512}.items()
-            for requests, concurrency, prompts in (
-                ("x1", 1, 1),
-                ("x16", 16, 16),
-                ("fit", None, 1024),
-            )
-        )
-    ),
-}
-QUICK = {
-    "requests": ("chat", "16k-x1", "ttft-2k", "ttft-16k"),
-    "decode": ("4k-x1", "16k-x16", "16k-fit"),
-}
 
 
 class Record:
@@ -297,28 +206,18 @@ def last_error(text: str) -> str:
 
 
 def run_engine(
-    server: Server,
-    dtype: str,
-    workloads: Sequence[Workload],
-    record: Record,
-    client: Executor,
-    started: bool = False,
+    server: Server, dtype: str, workloads: Sequence[Workload], record: Record, client: Executor
 ) -> None:
-    """Start one engine, unless it is, measure ``workloads`` and put them on record.
-
-    What went wrong goes on record, too.
-    """
-    begin = time.monotonic()
+    """Start one engine, measure ``workloads`` and put them on record, with what went wrong."""
     engine: dict[str, Any] = {}
     try:
-        with contextlib.nullcontext() if started else server:
+        with server:
             client.submit(import_client)  # while the engine starts
             server.wait_until_ready(START_TIMEOUT_S)
             capacity = server.capacity()
             engine["capacity_tokens"] = capacity.num_tokens
             engine["memory_bytes"] = capacity.memory_bytes
-            if not started:
-                engine["start_s"] = round(time.monotonic() - begin, 1)
+            engine["start_s"] = round(server.start_s, 1)
             record.put_engine(dtype, engine)
             say(f"{dtype}: {json.dumps(engine)}")
             _, max_tokens = served_model(server.url)
@@ -345,6 +244,26 @@ def run_engine(
             reason += f": {last_error(log_text)}"
         record.put_engine(dtype, {**engine, "error": reason})
         say(f"{dtype}: {reason}")
+
+
+@contextlib.contextmanager
+def started(servers: Sequence[Server]) -> Iterator[None]:
+    """All servers at once, each ready, so that none starts while another is measured.
+
+    One that does not get ready says so again to whoever enters it or waits for it.
+    """
+    with contextlib.ExitStack() as running:
+        for server in servers:
+            with contextlib.suppress(ServerError):
+                running.enter_context(server)
+
+        def wait(server: Server) -> None:
+            with contextlib.suppress(ServerError):
+                server.wait_until_ready(START_TIMEOUT_S)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(wait, servers))
+        yield
 
 
 def device() -> dict[str, Any]:
@@ -432,8 +351,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--together",
         action="store_true",
-        help="start all engines at once, and measure one while the others have nothing to do; they "
-        "have to fit, so give each a part of the memory with --gpu-memory-utilization",
+        help="start all engines at once, and measure one after the other when all are ready; "
+        "give each its part of the memory with --gpu-memory-utilization",
     )
     parser.add_argument(
         "--dtypes", nargs="+", default=DTYPES, metavar="DTYPE", help=f"default: {' '.join(DTYPES)}"
@@ -492,12 +411,9 @@ def main() -> None:
                 log = options.json.with_suffix(f".{dtype}.log")
                 server = Server(options.model.absolute(), dtype, arguments, log=log)
                 engines.append((server, dtype, missing))
-        with contextlib.ExitStack() as running:
-            if options.together:
-                for server, *_ in engines:
-                    running.enter_context(server)
+        with started([server for server, *_ in engines] if options.together else []):
             for server, dtype, missing in engines:
-                run_engine(server, dtype, missing, record, client, options.together)
+                run_engine(server, dtype, missing, record, client)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     console.print("{model}, vLLM {vllm}, torch {torch}, {device}".format(**setup))
     console.print(capacity_table(record.data["engines"]))

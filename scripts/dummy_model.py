@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a model folder without weights, for benchmarks: `vllm serve FOLDER --load-format dummy`.
+"""Write a Llama-3.1-8B without weights, for benchmarks: `vllm serve FOLDER --load-format dummy`.
 
     dummy_model.py models/llama-3.1-8b-dummy --tokenizer models/qwen2.5-coder-1.5b-instruct
 
@@ -20,37 +20,21 @@ from typing import Any
 # NOTE: read by huggingface_hub when it is imported; nothing here may ask a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-#: What the published models of these names consist of, but for Llama's scaling of rotary
-#: embeddings, which changes numbers and not the work.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-    },
-    "llama-3.1-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-    },
-}
-LLAMA = {
+#: What the published Llama-3.1-8B consists of, but for its scaling of rotary embeddings, which
+#: changes numbers and not the work.
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -60,19 +44,18 @@ LLAMA = {
 VOCAB_MULTIPLE = 256
 
 
-def write_model(folder: Path, shape: str, tokenizer: Path, layers: int | None = None) -> None:
+def write_model(folder: Path, tokenizer: Path, layers: int | None = None) -> None:
     """Write the configuration and the tokenizer.
 
     Args:
         folder: What to make.
-        shape: Key of ``SHAPES``.
         tokenizer: Folder of a model whose tokenizer is copied.
-        layers: Instead of the shape's number of layers.
+        layers: Instead of the model's number of layers.
     """
     from transformers import AutoTokenizer
 
     copied = AutoTokenizer.from_pretrained(tokenizer)
-    config = {**LLAMA, **SHAPES[shape]}
+    config = dict(LLAMA_8B)
     if layers is not None:
         config["num_hidden_layers"] = layers
     needed = -(-len(copied) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -90,16 +73,13 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder of a model to copy a tokenizer from"
     )
-    parser.add_argument(
-        "--shape", choices=SHAPES, default="llama-3.1-8b", help="default: %(default)s"
-    )
-    parser.add_argument("--layers", type=int, help="how many, if not those of the shape")
+    parser.add_argument("--layers", type=int, help="how many, if not those of the model")
     options = parser.parse_args()
     if options.folder.exists():
         sys.exit(f"{options.folder} exists; name another folder")
     if not (options.tokenizer / "tokenizer_config.json").exists():
         sys.exit(f"{options.tokenizer} has no tokenizer_config.json; name the folder of a model")
-    write_model(options.folder, options.shape, options.tokenizer, options.layers)
+    write_model(options.folder, options.tokenizer, options.layers)
     print(f"[model] wrote {options.folder}; serve it with --load-format dummy")
 
 

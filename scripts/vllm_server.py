@@ -130,6 +130,8 @@ class Server:
         self._http = requests.Session()
         self._http.trust_env = False  # a proxy named in the environment does not serve localhost
         self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self.start_s = 0.0  # from start to the first answer, once it was waited for
 
     def start(self) -> None:
         """Start the process; returns at once.
@@ -139,6 +141,7 @@ class Server:
         """
         if not Path(self.command[0]).exists():
             raise ServerError(f"{self.command[0]} does not exist; set up vLLM with: make serve")
+        self._started_at = time.monotonic()
         if self.log is None:
             self._process = subprocess.Popen(
                 self.command, env=self.environment, start_new_session=True
@@ -188,6 +191,7 @@ class Server:
                 progress(waited_s)
                 next_report_s += PROGRESS_EVERY_S
             time.sleep(1.0)
+        self.start_s = self.start_s or time.monotonic() - self._started_at
 
     def capacity(self) -> Capacity:
         """Read the size of the KV cache from the running server's /metrics."""
@@ -231,7 +235,8 @@ class Server:
         return process.wait()
 
     def __enter__(self) -> Server:
-        self.start()
+        if self._process is None:
+            self.start()
         return self
 
     def __exit__(

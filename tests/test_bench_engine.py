@@ -12,7 +12,8 @@ from typing import Any
 
 import bench_engine
 import pytest
-from bench_engine import SETS, Record, Workload, last_error, run_engine
+from bench_engine import Record, last_error, run_engine, started
+from engine_workloads import QUICK, SETS, Workload
 from rich.console import Console
 from vllm_server import Capacity, ServerError, vllm_command
 
@@ -43,15 +44,18 @@ class FakeServer:
     def __init__(self, log: str = "", failure: str = "", exit_code: int | None = None) -> None:
         self.log, self.failure = log, failure
         self.process = SimpleNamespace(poll=lambda: exit_code)
+        self.start_s, self.events = 1.0, list[str]()
         self.stopped = False
 
     def __enter__(self) -> FakeServer:
+        self.events.append("start")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stopped = True
 
     def wait_until_ready(self, timeout_s: float) -> None:
+        self.events.append("wait")
         if self.failure:
             raise ServerError(self.failure)
 
@@ -114,7 +118,7 @@ def test_decoding_is_measured_at_three_contexts_and_three_numbers_of_requests() 
     # vLLM's blocks have 16 tokens on GPUs and 128 on CPUs: then what fits fits to the last token.
     assert all(workload.request_tokens % 128 == 0 for workload in SETS["decode"].values())
     assert max(workload.request_tokens for workload in SETS["decode"].values()) == 32768
-    assert all(set(names) <= set(SETS[name]) for name, names in bench_engine.QUICK.items())
+    assert all(set(names) <= set(SETS[name]) for name, names in QUICK.items())
 
 
 @pytest.mark.parametrize(("fit", "clients"), [(0, 1), (5, 5), (9, 8)])
@@ -259,9 +263,9 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
 def test_sets_and_workloads_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, names in (
         ((), SETS["requests"]),
-        (("--quick",), bench_engine.QUICK["requests"]),
+        (("--quick",), QUICK["requests"]),
         (("--set", "decode"), SETS["decode"]),
-        (("--set", "decode", "--quick"), bench_engine.QUICK["decode"]),
+        (("--set", "decode", "--quick"), QUICK["decode"]),
         (("--set", "decode", "--workload", "4k-fit", "--workload", "a=1,1,1,1"), ("4k-fit", "a")),
     ):
         workloads = command_line(monkeypatch, *arguments).workloads
@@ -307,3 +311,32 @@ def test_the_vllm_command_is_that_of_this_python_or_the_one_on_path(
     for folder in (on_path, beside):
         (folder / "vllm").touch(mode=0o755)
         assert vllm_command() == str(folder / "vllm")
+
+
+def test_engines_that_start_together_are_all_ready_first() -> None:
+    """One that does not get ready is left to its own measurement, which says so."""
+    servers = [FakeServer(), FakeServer(failure="ended with exit code 1"), FakeServer()]
+    with started(servers):
+        assert all(server.events == ["start", "wait"] for server in servers)
+        assert not any(server.stopped for server in servers)
+    assert all(server.stopped for server in servers)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_together_starts_all_engines_before_any_is_measured(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [FakeServer(), FakeServer()]
+    unused = iter(servers)
+    seen: list[list[int]] = []
+
+    def measure(*_: object) -> None:
+        seen.append([len(server.events) for server in servers])
+
+    monkeypatch.setattr(bench_engine, "Server", lambda *_, **__: next(unused))
+    monkeypatch.setattr(bench_engine, "run_engine", measure)
+    monkeypatch.setattr(bench_engine, "has_plugin", lambda: True)
+    arguments = ["m", "--json", str(tmp_path / "e.json"), "--dtypes", "auto", "turboquant3"]
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments, *["--together"] * together])
+    bench_engine.main()
+    assert seen == ([[2, 2], [2, 2]] if together else [[0, 0], [0, 0]])

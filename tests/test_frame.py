@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vectors import normal, seeded, split
 from vllm_turboquant.frame import (
     BALANCE,
     CENTER,
@@ -30,19 +31,6 @@ SIGN_BIT = -(2**15)  # of a float16, as int16
 DOUBLE = 2**-53
 # A squared distance is a sum of d = 2^7 squares in 7 levels; 32 roundings of 2^-24 cover it.
 DISTANCE_ROUNDING = 2**-19
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def split(x: Tensor, layout: SlotLayout) -> Tensor:
-    """[..., head_dim] to [..., num_groups, group]."""
-    return x.unflatten(-1, (layout.num_groups, layout.group))
 
 
 def assert_same_code(got: KeyCode, want: KeyCode) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.vectors import normal, seeded, split
 from vllm_turboquant.codebook import solve_codebook
 from vllm_turboquant.frame import BALANCE, CENTER, SINK, plain_frame
 from vllm_turboquant.layout import SlotLayout
@@ -29,19 +30,6 @@ HALF_TINY = 2**-25  # absolute, of a subnormal float16
 # Encoding sums d = 2^7 terms in 7 levels, four times over; 64 roundings of 2^-24 cover them.
 ENCODE_ROUNDING = 2**-18
 Z_999 = 3.29  # 99.9 % of a normal distribution lie within so many standard errors
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def split(x: Tensor, layout: SlotLayout) -> Tensor:
-    """[..., head_dim] to [..., num_groups, group]."""
-    return x.unflatten(-1, (layout.num_groups, layout.group))
 
 
 def zero_frame(dim: int) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.serve.key_frames import Frames, relative_errors
+from tests.serve.key_frames import Frames, KeyFrames, relative_errors
 from vllm_turboquant.frame import CENTER, SINK
 
 pytestmark = pytest.mark.vllm
@@ -168,3 +169,17 @@ def test_heads_that_cannot_be_split_are_refused_in_the_words_of_vllm(tmp_path: P
             "size (2)."
         )
     )
+
+
+def test_only_frames_are_read() -> None:
+    """On GPUs a layer also keeps the tickets of its kernel, which belong to no head."""
+    layer = nn.Module()
+    for name in ("key_frame", "relative_frame", "tickets"):
+        layer.register_buffer(f"turboquant3_{name}", torch.zeros(2))
+    layer.register_buffer("key_frame", torch.zeros(2))
+    worker = KeyFrames()
+    worker.model_runner = SimpleNamespace(get_model=lambda: nn.ModuleDict({"attn": layer}))
+    assert set(worker.key_frames()) == {
+        "attn.turboquant3_key_frame",
+        "attn.turboquant3_relative_frame",
+    }

@@ -6,6 +6,7 @@ PYTHONPATH, answers ``collective_rpc("key_frames")`` with what the workers retur
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class KeyFrames:
         return {
             name: buffer.float().tolist()
             for name, buffer in buffers
-            if name.rpartition(".")[2].startswith(CACHE_DTYPE)
+            if re.fullmatch(rf"{CACHE_DTYPE}_\w*frame", name.rpartition(".")[2])
         }
 
 
