@@ -18,6 +18,7 @@ CPU_SOURCES = [
     "csrc/cpu/store.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/dequantize.cpp",
+    "csrc/cpu/recent.cpp",
 ]
 #: A library per instruction set, named as PyTorch names CPU capabilities; ops.py loads one of them.
 CPU_VARIANTS = {"default": []}
@@ -65,6 +66,7 @@ CUDA_KERNELS = [
     "csrc/cuda/decode_d256.cu",
     "csrc/cuda/decode.cu",
     "csrc/cuda/dequantize.cu",
+    "csrc/cuda/recent.cu",
 ]
 #: Compute capabilities to compile for; TORCH_CUDA_ARCH_LIST replaces them, as it does for PyTorch.
 CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"

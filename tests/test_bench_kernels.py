@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_kernels
+import kernel_timing
 import pytest
 import torch
 from bench_kernels import K, Shape, measure, plan, rivals_of
@@ -25,6 +26,7 @@ MACHINE = {
     "copy_bytes_per_s": 3e12,
 }
 TIMES = {"turboquant3": 50.0, "fa3_bf16": 200.0, "fa3_fp8": 125.0, "vllm_turboquant_3bit": 1600.0}
+CODES_ONLY_US = 48.0
 
 
 class OnCpu(TorchFunctionMode):
@@ -42,7 +44,11 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Shape],
     """Kernels that take as long as ``TIMES`` says, on a machine of ``MACHINE``; may be replaced."""
     rivals = {name: lambda shape, us=us: us for name, us in list(TIMES.items())[1:]}
     monkeypatch.setattr(bench_kernels, "RIVALS", rivals)
-    monkeypatch.setattr(bench_kernels, "bench_turboquant", lambda shape: TIMES["turboquant3"])
+    monkeypatch.setattr(
+        bench_kernels,
+        "bench_turboquant",
+        lambda shape, window_units=3: TIMES["turboquant3"] if window_units else CODES_ONLY_US,
+    )
     monkeypatch.setattr(bench_kernels, "bench_store", lambda shape: 5.0)
     monkeypatch.setattr(bench_kernels, "describe_machine", lambda: dict(MACHINE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -60,9 +66,9 @@ def timed_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...
         return 1.0
 
     for name in ("paged_attention", "store"):
-        monkeypatch.setattr(bench_kernels.ops, name, lambda *args: calls.append(args))
-    monkeypatch.setattr(bench_kernels, "time_graph_us", run_once)
-    monkeypatch.setattr(bench_kernels, "L2_BYTES", 1 << 18)
+        monkeypatch.setattr(kernel_timing.ops, name, lambda *args: calls.append(args))
+    monkeypatch.setattr(kernel_timing, "time_graph_us", run_once)
+    monkeypatch.setattr(kernel_timing, "L2_BYTES", 1 << 18)
     with OnCpu():
         yield calls
 
@@ -135,12 +141,12 @@ def test_rivals_that_are_slow_or_do_not_fit_are_left_out() -> None:
 
 @pytest.mark.parametrize(("replay_ms", "replays"), [(1.0, 20), (50.0, 6), (149.0, 3), (400.0, 3)])
 def test_slow_steps_are_repeated_less(replay_ms: float, replays: int) -> None:
-    assert bench_kernels.repeat(lambda: replay_ms) == [replay_ms] * replays
+    assert kernel_timing.repeat(lambda: replay_ms) == [replay_ms] * replays
 
 
 @pytest.mark.parametrize("num_bytes", [1 << 20, (256 << 20) - 1, 256 << 20, 1 << 40])
 def test_inputs_together_exceed_the_cache(num_bytes: int) -> None:
-    copies = bench_kernels.copies_needed(num_bytes)
+    copies = kernel_timing.copies_needed(num_bytes)
     assert copies >= 2
     assert copies * num_bytes >= 256 << 20
     assert copies == 2 or (copies - 1) * num_bytes < 256 << 20
@@ -148,7 +154,7 @@ def test_inputs_together_exceed_the_cache(num_bytes: int) -> None:
 
 def test_decode_steps_share_no_block(timed_steps: list[tuple[Any, ...]]) -> None:
     shape = Shape(4, 2, 64, batch=3, context=40)  # 3 blocks a request
-    bench_kernels.bench_turboquant(shape)
+    kernel_timing.bench_turboquant(shape)
     copies = -(-(1 << 18) // (3 * 40 * 2 * 44))
     assert len(timed_steps) == copies
     _, cache, table, lengths, starts, frame = timed_steps[0][:6]
@@ -159,15 +165,39 @@ def test_decode_steps_share_no_block(timed_steps: list[tuple[Any, ...]]) -> None
     assert sorted(tables.tolist()) == list(range(cache.shape[0]))
 
 
+def test_the_last_units_of_every_request_have_copies(timed_steps: list[tuple[Any, ...]]) -> None:
+    shape = Shape(4, 2, 64, block_size=32, batch=3, context=72)  # 5 units in 3 blocks
+    kernel_timing.bench_turboquant(shape)
+    recent, unit_map, window_units = timed_steps[0][-3:]
+    assert window_units == 3
+    copied: set[int] = set()
+    for call in timed_steps:
+        for blocks in call[2].tolist():
+            units = [blocks[u // 2] * 2 + u % 2 for u in range(5)]
+            assert [bool(unit_map[u]) for u in units] == [False, False, True, True, True]
+            copied |= {int(unit_map[u]) >> 16 for u in units[2:]}
+    assert copied == set(range(1, len(recent) + 1))
+    kernel_timing.bench_turboquant(shape, window_units=0)
+    assert len(timed_steps[-1]) == len(timed_steps[0]) - 3
+
+
+def test_short_requests_have_fewer_copies() -> None:
+    table = torch.tensor([[4, 7], [1, 0]])
+    units = kernel_timing.last_units(Shape(batch=2, context=20), table, 3)
+    assert units.tolist() == [4, 7, 1, 0]
+
+
 def test_store_steps_share_no_block(timed_steps: list[tuple[Any, ...]]) -> None:
     shape = Shape(4, 2, 64, batch=3, context=40)
-    bench_kernels.bench_store(shape)
-    assert len(timed_steps) == bench_kernels.STORE_STEPS
-    key, value, frame, cache, slots = timed_steps[0]
+    kernel_timing.bench_store(shape)
+    assert len(timed_steps) == kernel_timing.STORE_STEPS
+    key, value, frame, cache, slots, recent, unit_map = timed_steps[0]
     assert key.shape == value.shape == (3, 2, 64)
     assert frame.shape == (2, 3, 64)
     assert slots.shape == (3,) and slots.dtype == torch.int64
     slots = torch.cat([call[4] for call in timed_steps])
+    places = unit_map[slots // 16] >> 16
+    assert sorted(places.tolist()) == list(range(1, len(recent) + 1))  # each a copy of its own
     assert set((slots % 16).tolist()) == {39 % 16}  # the last token's
     blocks = (slots // 16).tolist()
     assert len(set(blocks)) == len(blocks) and max(blocks) < cache.shape[0]
@@ -183,7 +213,12 @@ def test_a_row_says_how_long_store_takes_beside_attention() -> None:
     assert bars["share_of_floor"] == pytest.approx(bars["bytes_per_s"] / 3e12)
     assert {name: bars[f"{name}_us"] for name in TIMES} == TIMES
     alone = measure(shape, {"bars"}, False, 3e12)
-    assert [key for key in alone if key.endswith("_us")] == ["turboquant3_us", "store_us"]
+    assert [key for key in alone if key.endswith("_us")] == [
+        "turboquant3_us",
+        "codes_only_us",
+        "store_us",
+    ]
+    assert alone["codes_only_us"] == CODES_ONLY_US and "codes_only_us" not in grid
 
 
 def test_a_rival_that_fails_or_is_missing_does_not_end_the_run(
@@ -243,7 +278,7 @@ def test_a_record_of_other_rows_is_refused(tmp_path: Path) -> None:
 
 def test_tables_compare_with_every_rival() -> None:
     rows = [
-        row({"bars"}) | {"store_us": 5.0, "store_share": 0.1},
+        row({"bars"}) | {"codes_only_us": CODES_ONLY_US, "store_us": 5.0, "store_share": 0.1},
         row({"grid"}, 512, fa3_fp8=None) | {"errors": {"fa3_fp8": "no"}},
         row({"grid"}) | {"head_dim": 64},
     ]
@@ -263,10 +298,10 @@ def test_tables_compare_with_every_rival() -> None:
         if len(parts := [part.strip() for part in line.strip("│").split("│")]) > 1
     }
     assert cells["8 x 8K"] == [
-        *("50.0", "2.00", "66%", "5.0 (10%)", "200.0", "125.0", "1,600.0"),
+        *("50.0", "48.0", "2.00", "66%", "5.0 (10%)", "200.0", "125.0", "1,600.0"),
         *("0.250", "0.400", "0.031"),
     ]
-    assert cells["8 x 512"][3:] == ["-", "200.0", "failed", "-", "0.250", "-", "-"]
+    assert cells["8 x 512"][4:] == ["-", "200.0", "failed", "-", "0.250", "-", "-"]
 
 
 def test_the_plot_shows_four_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,18 +11,28 @@ runs:
     key_scale    [num_groups, block_size]      float16  little-endian
     value_scale  [num_groups, block_size]      float16  little-endian
 
-A sign bit of 1 stands for +1. ``csrc/core/layout.h`` mirrors this file for the kernels; a test
+A sign bit of 1 stands for +1. Sixteen tokens of one KV head that are also kept in 8 bits, a *unit*
+(``reference_recent.py``), are a structure of arrays, too:
+
+    key          [16, head_dim]                int8
+    value        [16, head_dim]                int8
+    key_scale    [num_groups, 16]              float16
+    value_scale  [num_groups, 16]              float16
+
+``csrc/core/layout.h`` mirrors this file for the kernels; a test
 holds the two equal.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 MAX_GROUP = 128
 MAX_HEAD_DIM = 512
-BLOCK_SIZE_MULTIPLE = 16
+UNIT_TOKENS = 16
+BLOCK_SIZE_MULTIPLE = UNIT_TOKENS
 SUPPORTED_HEAD_DIMS = "64, 128, 256, 384, 512"
 
 
@@ -113,6 +123,20 @@ class SlotLayout:
         """
         return 2 * self.head_dim * element_bytes / self.slot_bytes
 
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the 8-bit copies of a unit of one KV head."""
+        return list(self.recent_sections().values())[-1].end_bytes
+
+    def recent_sections(self) -> dict[str, Section]:
+        """Arrays of a unit's 8-bit copies, in storage order."""
+        return _consecutive(
+            key=UNIT_TOKENS * self.head_dim,
+            value=UNIT_TOKENS * self.head_dim,
+            key_scale=UNIT_TOKENS * self.scales_bytes,
+            value_scale=UNIT_TOKENS * self.scales_bytes,
+        )
+
     def sections(self, block_size: int) -> dict[str, Section]:
         """Arrays of the region of one (block, KV head), in storage order.
 
@@ -131,15 +155,19 @@ class SlotLayout:
                 f"turboquant3 does not support block_size {block_size}; "
                 f"supported: multiples of {BLOCK_SIZE_MULTIPLE}"
             )
-        sections: dict[str, Section] = {}
-        offset = 0
-        for name, bytes_per_token in (
-            ("key_index", self.index_bytes),
-            ("key_sign", self.sign_bytes),
-            ("value_index", self.index_bytes),
-            ("key_scale", self.scales_bytes),
-            ("value_scale", self.scales_bytes),
-        ):
-            sections[name] = Section(name, offset, block_size * bytes_per_token)
-            offset = sections[name].end_bytes
-        return sections
+        return _consecutive(
+            key_index=block_size * self.index_bytes,
+            key_sign=block_size * self.sign_bytes,
+            value_index=block_size * self.index_bytes,
+            key_scale=block_size * self.scales_bytes,
+            value_scale=block_size * self.scales_bytes,
+        )
+
+
+def _consecutive(**sizes: int) -> dict[str, Section]:
+    """Sections of the given sizes, one after the other."""
+    ends = accumulate(sizes.values())
+    return {
+        name: Section(name, end - size, size)
+        for (name, size), end in zip(sizes.items(), ends, strict=True)
+    }

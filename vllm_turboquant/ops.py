@@ -41,7 +41,7 @@ def _load_cuda_library() -> bool:
             "build it with: pip install --no-build-isolation --no-deps -e ."
         )
 
-    for name in ("store", "paged_attention", "dequantize"):
+    for name in ("store", "paged_attention", "dequantize", "assign_recent"):
         torch.library.impl(f"turboquant::{name}", "cuda", refuse)
     return False
 
@@ -53,7 +53,13 @@ HAS_CUDA = _load_cuda_library()
 
 
 def store(
-    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_frame: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
 ) -> None:
     """Compress keys and values into their slots; see ``reference.store``.
 
@@ -65,11 +71,14 @@ def store(
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
             contiguous.
         slot_mapping: [num_tokens] int64; negative slots are skipped.
+        recent: [num_places, num_kv_heads, unit_bytes] uint8, where tokens whose unit has a place
+            are also kept in 8 bits; see ``reference_recent.store_copies``.
+        unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
     """
-    torch.ops.turboquant.store(key, value, key_frame, kv_cache, slot_mapping)
+    torch.ops.turboquant.store(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map)
 
 
 def paged_attention(
@@ -85,6 +94,9 @@ def paged_attention(
     lse: Tensor,
     scratch: Tensor | None = None,
     tickets: Tensor | None = None,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
+    window_units: int = 0,
 ) -> None:
     """Attend to cached tokens; see ``reference.attention``.
 
@@ -106,6 +118,10 @@ def paged_attention(
             None. Not used on CPUs.
         tickets: [>= num_reqs * num_kv_heads] int32, zero before and after; calls that may overlap
             need different ones. Allocated, and not used, likewise.
+        recent: [num_places, num_kv_heads, unit_bytes] uint8, 8-bit copies that are read instead of
+            codes where a request's window has them; see ``reference_recent``.
+        unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
+        window_units: Units of 16 tokens of a window, 1 to 8.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -123,6 +139,9 @@ def paged_attention(
         lse,
         scratch,
         tickets,
+        recent,
+        unit_map,
+        window_units,
     )
 
 
@@ -167,9 +186,55 @@ def dequantize(
     )
 
 
+def assign_recent(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    block_size: int,
+    window_units: int,
+    step: int,
+    unit_map: Tensor,
+    places: Tensor,
+    clock: Tensor,
+) -> None:
+    """Give units that a step writes a place for 8-bit copies; see ``reference_recent.assign``.
+
+    Args:
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32, tokens of each request after this step.
+        query_start_loc: [num_reqs + 1] int32.
+        block_size: Tokens of a block, a multiple of 16.
+        window_units: Units of a window, 1 to 8.
+        step: Counts the calls.
+        unit_map: [num_units] int32; updated.
+        places: [num_places, 2] int32; updated.
+        clock: [1 + num_places] int32; updated.
+
+    Raises:
+        RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
+    """
+    torch.ops.turboquant.assign_recent(
+        block_table,
+        seq_lens,
+        query_start_loc,
+        block_size,
+        window_units,
+        step,
+        unit_map,
+        places,
+        clock,
+    )
+
+
 @torch.library.register_fake("turboquant::store")
 def _store_fake(
-    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_frame: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 
@@ -188,6 +253,9 @@ def _paged_attention_fake(
     lse: Tensor,
     scratch: Tensor | None = None,
     tickets: Tensor | None = None,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
+    window_units: int = 0,
 ) -> None:
     """Writes in place, returns nothing."""
 

@@ -11,7 +11,8 @@ namespace tq {
 
 inline constexpr int kMaxGroup = 128;
 inline constexpr int kMaxHeadDim = 512;
-inline constexpr int kBlockSizeMultiple = 16;  // also the tokens that every kernel decodes at once
+inline constexpr int kUnitTokens = 16;  // that every kernel decodes at once
+inline constexpr int kBlockSizeMultiple = kUnitTokens;
 inline constexpr int kIndexBits = 2;
 inline constexpr int kSignBits = 1;
 inline constexpr int kScaleBytes = 2;
@@ -24,6 +25,15 @@ struct BlockOffsets {
   int64_t key_scale;    // [num_groups, block_size] float16, negative for keys at the sink
   int64_t value_scale;  // [num_groups, block_size] float16
   int64_t size;         // of the region
+};
+
+// Start of each array of the 8-bit copies of a unit of one KV head, in bytes.
+struct CopyOffsets {
+  int64_t key;          // [16, head_dim] int8
+  int64_t value;        // [16, head_dim] int8
+  int64_t key_scale;    // [num_groups, 16] float16, negative for keys at the sink
+  int64_t value_scale;  // [num_groups, 16] float16
+  int64_t size;         // of them all
 };
 
 struct SlotLayout {
@@ -48,6 +58,15 @@ struct SlotLayout {
     at.key_scale = at.value_index + block_size * index_bytes();
     at.value_scale = at.key_scale + block_size * scales_bytes();
     at.size = at.value_scale + block_size * scales_bytes();
+    return at;
+  }
+  TQ_HOST_DEVICE constexpr CopyOffsets copy_offsets() const {
+    CopyOffsets at{};
+    at.key = 0;
+    at.value = at.key + kUnitTokens * head_dim;
+    at.key_scale = at.value + kUnitTokens * head_dim;
+    at.value_scale = at.key_scale + kUnitTokens * scales_bytes();
+    at.size = at.value_scale + kUnitTokens * scales_bytes();
     return at;
   }
 };

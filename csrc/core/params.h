@@ -60,6 +60,31 @@ struct BlockTable {
   int64_t req_stride;
 };
 
+inline constexpr int kMostWindowUnits = 8;
+inline constexpr int kMostPlaces = 32766;  // place + 1 and 16 bits fit into an int32
+
+// 8-bit copies of recent tokens (reference_recent.py): [num_places, num_kv_heads,
+// copy_offsets().size] contiguous. Where there are none, `data` is null.
+struct Copies {
+  uint8_t* data = nullptr;
+  // [num_units], 0 or (place + 1) << 16 | valid bits of the unit's tokens. A unit is slot / 16.
+  const int32_t* unit_map = nullptr;
+  int num_kv_heads = 0;
+  int window_units = 0;  // of a request, counted from its end
+  int64_t unit_bytes = 0;
+
+  // Copies of the unit with this entry of the map, which is not 0.
+  TQ_HOST_DEVICE uint8_t* unit(int32_t mapped, int64_t kv_head) const {
+    return data + (((mapped >> 16) - 1) * int64_t{num_kv_heads} + kv_head) * unit_bytes;
+  }
+};
+
+// First unit of the window of a request, counted in its own units.
+TQ_HOST_DEVICE inline int first_window_unit(int seq_len, int window_units) {
+  const int first = (seq_len + kUnitTokens - 1) / kUnitTokens - window_units;
+  return first > 0 ? first : 0;
+}
+
 struct StoreParams {
   Rows key;    // [>= num_tokens, num_kv_heads, head_dim]
   Rows value;  // as key
@@ -67,6 +92,7 @@ struct StoreParams {
   Cache cache;
   const int64_t* slot_mapping;  // [num_tokens], negative = skip
   int64_t num_tokens;
+  Copies copies;
 };
 
 struct AttentionParams {
@@ -83,6 +109,22 @@ struct AttentionParams {
   int64_t lse_stride;  // between heads
   int num_reqs;
   int num_heads;
+  Copies copies;
+};
+
+// Which units get a place among the copies; see reference_recent.assign.
+struct AssignParams {
+  BlockTable block_table;
+  const int32_t* seq_lens;         // [num_reqs], after this step
+  const int32_t* query_start_loc;  // [num_reqs + 1]
+  int num_reqs;
+  int units_per_block;
+  int window_units;
+  int32_t step;
+  int32_t* unit_map;     // [num_units], as Copies
+  int32_t (*places)[2];  // [num_places], unit or -1, last step that needed it
+  int num_places;
+  int32_t* clock;  // [1 + num_places], next place to try, working memory
 };
 
 struct DequantizeParams {

@@ -6,12 +6,16 @@
 //
 // Score: alpha (<q1, C[i]> + rho <q2, s>) + <q, o>; output: (H D3)^T sum_t p_t beta_t C[i_t].
 // The center's share of <q, o> is the same for all keys and enters the log-sum-exp at the end.
-// Source: reference.py. Reads slot_bytes per token, KV head and row tile; compute-bound.
+// Tokens in the window of a request that have 8-bit copies are scored, and their values added, from
+// those: <q1, scale e> + <q, o> and sum_t p_t scale_t e_t. Their codes are not looked at.
+// Source: reference.py, reference_recent.py. Reads slot_bytes per token, KV head and row tile;
+// compute-bound.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "cpu/attention_plan.h"
+#include "cpu/copies.h"
 #include "cpu/kernels.h"
 #include "cpu/rotate_row.h"
 #include "cpu/rows.h"
@@ -87,6 +91,7 @@ class TilePass {
         cache_(plan_.p.cache),
         head_dim_(cache_.layout.head_dim),
         at_(cache_.layout.offsets(cache_.block_size)),
+        copy_at_(cache_.layout.copy_offsets()),
         query_(new Query[kRowTile * cache_.layout.num_groups()]) {}
 
   void run(Partial* partial) {
@@ -115,12 +120,15 @@ class TilePass {
       for (int u = 0; u < num_units_; ++u) {
         units_[u] = locate(cache_, blocks, tile_->kv_head, token + u * kLanes);
       }
+      find_copies(blocks, token, std::min<int64_t>(kTokens, left));
       score();
+      score_copies();
       for (int r = 0; r < tile_->num_rows; ++r) {
         ahead_.step();
         weigh(r, std::min(partial->end, plan_.visible(*tile_, r)) - token);
       }
       accumulate(left);
+      accumulate_copies();
     }
   }
 
@@ -130,7 +138,23 @@ class TilePass {
 
   Query* query(int g, int row) const { return &query_[g * kRowTile + row]; }
 
-  // 1. Scores of every row and token.
+  // Find which of `count` tokens from `token` on are read from copies.
+  void find_copies(const int32_t* blocks, int64_t token, int64_t count) {
+    num_copied_ = 0;
+    const Copies& copies = plan_.p.copies;
+    if (!copies.data) return;
+    const int window = first_window_unit(plan_.p.seq_lens[tile_->req], copies.window_units);
+    for (int64_t i = std::max<int64_t>(0, int64_t{window} * kUnitTokens - token); i < count; ++i) {
+      const int64_t block = blocks[(token + i) / cache_.block_size];
+      const int64_t slot = block * cache_.block_size + (token + i) % cache_.block_size;
+      const int32_t mapped = copies.unit_map[slot / kUnitTokens];
+      const int offset = static_cast<int>(slot % kUnitTokens);
+      if (!(mapped >> offset & 1)) continue;
+      copied_[num_copied_++] = {static_cast<int>(i), copies.unit(mapped, tile_->kv_head), offset};
+    }
+  }
+
+  // 1. Scores of every row and token, from codes.
   void score() {
     for (int g = 0; g < cache_.layout.num_groups(); ++g) {
       ahead_.step();
@@ -172,6 +196,29 @@ class TilePass {
     }
   }
 
+  // Replace the scores of tokens that have copies.
+  void score_copies() {
+    const int num_groups = cache_.layout.num_groups();
+    for (int i = 0; i < num_copied_; ++i) {
+      const CopiedToken& token = copied_[i];
+      for (int g = 0; g < num_groups; ++g) {
+        const int8_t* codes = token.codes<kGroup>(cache_.layout, copy_at_.key, g);
+        const float scale = token.scale(copy_at_.key_scale, g);
+        alignas(64) float key[kGroup];
+        for (int j = 0; j < kGroup; ++j) key[j] = std::fabs(scale) * codes[j];
+        for (int r = 0; r < tile_->num_rows; ++r) {
+          const int64_t row = plan_.query_row(*tile_, r);
+          const float* q1 = &queries_.q1[row * head_dim_ + g * kGroup];
+          Lanes dot = splat(0.0f);
+          for (int j = 0; j < kGroup; j += kLanes) dot = fma(load(q1 + j), load(key + j), dot);
+          const float at_sink = std::signbit(scale) ? queries_.sink[row * num_groups + g] : 0;
+          float& score = weights_[r][token.index];
+          score = (g == 0 ? 0 : score) + reduce_add(dot) + at_sink;
+        }
+      }
+    }
+  }
+
   // 2. Mask, update the running maximum and sum, and turn the scores of row `r`, which sees `seen`
   // of these tokens, into weights.
   void weigh(int r, int64_t seen) {
@@ -203,15 +250,17 @@ class TilePass {
     partial_->sum[r] += reduce_add(sum);
   }
 
-  // 3. Add the weighted values; `left` tokens are in the split.
+  // 3. Add the weighted values of codes; `left` tokens are in the split.
   void accumulate(int64_t left) {
     float* out[kRowTile];
     for (int g = 0; g < cache_.layout.num_groups(); ++g) {
       ahead_.step();
       codes_.load_values(units_, num_units_, cache_.layout, at_, g);
       load_all_scales(at_.value_scale, g);
-      // NOTE: past the end the scale may be NaN, which a weight of 0 would not silence.
+      // NOTE: past the end, and where there is a copy, the scale may be NaN, which a weight of 0
+      // would not silence.
       for (int64_t t = left; t < num_units_ * kLanes; ++t) scale_[t] = 0;
+      for (int i = 0; i < num_copied_; ++i) scale_[copied_[i].index] = 0;
       for (int r = 0; r < tile_->num_rows; ++r) {
         out[r] = partial_->out + r * head_dim_ + g * kGroup;
         for (int t = 0; t < num_units_ * kLanes; t += kLanes) {
@@ -222,6 +271,24 @@ class TilePass {
         const int num_rows = std::min(CodeTile<kGroup>::kValueRows, tile_->num_rows - r);
         ahead_.step();
         codes_.add_values(scaled_ + r, num_rows, out + r);
+      }
+    }
+  }
+
+  // Add the weighted values of tokens that have copies.
+  void accumulate_copies() {
+    for (int i = 0; i < num_copied_; ++i) {
+      const CopiedToken& token = copied_[i];
+      for (int g = 0; g < cache_.layout.num_groups(); ++g) {
+        const int8_t* codes = token.codes<kGroup>(cache_.layout, copy_at_.value, g);
+        const float scale = token.scale(copy_at_.value_scale, g);
+        alignas(64) float value[kGroup];
+        for (int j = 0; j < kGroup; ++j) value[j] = scale * codes[CodeTile<kGroup>::coordinate(j)];
+        for (int r = 0; r < tile_->num_rows; ++r) {
+          const float weight = weights_[r][token.index];
+          float* out = partial_->out + r * head_dim_ + g * kGroup;
+          for (int j = 0; j < kGroup; ++j) out[j] += weight * value[j];
+        }
       }
     }
   }
@@ -237,11 +304,14 @@ class TilePass {
   const Cache& cache_;
   const int head_dim_;
   const BlockOffsets at_;
+  const CopyOffsets copy_at_;
   std::unique_ptr<Query[]> query_;  // [num_groups, kRowTile]
   const Tile* tile_;
   Partial* partial_;
   int num_units_;
   Unit units_[kTokens / kLanes];
+  int num_copied_;
+  CopiedToken copied_[kTokens];
   Prefetch ahead_;
   CodeTile<kGroup> codes_;
   alignas(64) float scale_[kTokens];

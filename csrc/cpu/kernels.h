@@ -22,5 +22,6 @@ struct Threads {
 void store(const StoreParams& params, const Threads& threads);
 void paged_attention(const AttentionParams& params, const Threads& threads);
 void dequantize(const DequantizeParams& params, const Threads& threads);
+void assign_recent(const AssignParams& params);
 
 }  // namespace tq::cpu

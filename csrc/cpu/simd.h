@@ -101,6 +101,10 @@ inline Words operator>>(Words a, int bits) {
   TQ_EACH_PART a.part[i] >>= bits;
   return a;
 }
+inline Words max(Words a, const Words& b) {
+  TQ_EACH_PART a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
 
 // All ones where the comparison holds. A comparison with NaN does not.
 inline Words operator>(const Lanes& a, const Lanes& b) {

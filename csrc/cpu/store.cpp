@@ -3,6 +3,8 @@
 // Sixteen vectors are coded at once, one per lane, so that every step is the scalar algorithm of
 // reference.py (encode_keys, encode_values) with the same order of float32 operations: the bytes
 // are equal. Compute-bound: about 3 transforms of group * log2(group) additions per key.
+//
+// Recent tokens are also kept in 8 bits, with the bytes of reference_recent.py (store_copies).
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -23,6 +25,12 @@ struct GroupCode {
   Words index[kMaxGroup / 16];  // 16 indices a word
   Words sign[kMaxGroup / 32];   // 32 signs a word
   uint16_t scale[kLanes];       // float16
+};
+
+// 8-bit copies of one group of sixteen vectors.
+struct GroupCopy {
+  Words code[kMaxGroup / 4];  // 4 codes a word
+  uint16_t scale[kLanes];     // float16
 };
 
 // Sum x[kSize] by halving, in place.
@@ -122,12 +130,45 @@ void encode_value(const Lanes* x, GroupCode* code) {
   finish_scale<kGroup>(norm, tree_sum<kGroup>(centroids), code->scale);
 }
 
-// One vector of a batch: where it comes from and where its slot is.
+// Rotate x[kGroup] and round it to 8 bits.
+template <int kGroup>
+void encode_copy(const SignDiagonal& signs, const Lanes* x, GroupCopy* copy) {
+  constexpr float kLargest = 127.0f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: rounds a sum to an integer, in its low bits
+  Lanes y[kGroup];
+  rotate<kGroup>(signs, x, y);
+  Words magnitude = splat(0u);  // as bit patterns, NaN is the largest
+  for (int j = 0; j < kGroup; ++j) {
+    magnitude = max(magnitude, as_words(y[j]) & splat(0x7fffffffu));
+  }
+  const Lanes largest = as_lanes(magnitude), zero = splat(0.0f);
+  const Lanes inverse = where(zero >= largest, zero, splat(1.0f) / largest * splat(kLargest));
+  for (int w = 0; w < kGroup / 4; ++w) copy->code[w] = splat(0u);
+  for (int j = 0; j < kGroup; ++j) {
+    Lanes code = y[j] * inverse;
+    code = where(code >= code, code, zero);  // not NaN
+    code = where(code > splat(kLargest), splat(kLargest), code);
+    code = where(splat(-kLargest) > code, splat(-kLargest), code);
+    const Words byte = as_words(code + splat(kRound)) & splat(0xffu);
+    copy->code[j / 4] = copy->code[j / 4] | (byte << (8 * (j % 4)));
+  }
+  float scale[kLanes];
+  tq::store(scale, largest / splat(kLargest * Codebook<kGroup>::kRoot));
+  for (int i = 0; i < kLanes; ++i) copy->scale[i] = half_from_float(scale[i]);
+}
+
+// Where a vector is stored: in a region of arrays, at the index of its token.
+struct Target {
+  uint8_t* region;  // null: nowhere
+  int64_t offset;
+};
+
+// One vector of a batch.
 struct Vector {
   int64_t token;
   int64_t kv_head;
-  uint8_t* region;
-  int64_t offset;  // of the token in its block
+  Target slot;
+  Target copy;
 };
 
 // Read group `g` of up to sixteen vectors into lanes x[kGroup]; lanes without a vector are 0. Map
@@ -157,50 +198,92 @@ void gather_keys(const StoreParams& p, const Vector* vectors, int count, int g, 
   gather<kGroup>(p.key, vectors, count, g, map, x);
 }
 
-// Write word `word` of every lane at `at` bytes behind its region's start, tokens `stride_bytes`
+// Write a word of every lane at `at` bytes behind the start of its region, tokens `stride_bytes`
 // apart.
-void scatter(const Words& words, const Vector* vectors, int count, int64_t at, int stride_bytes) {
+void scatter(const Words& words, const Vector* vectors, int count, Target Vector::* target_of,
+             int64_t at, int stride_bytes) {
   uint32_t value[kLanes];
   tq::store(value, words);
   for (int i = 0; i < count; ++i) {
-    std::memcpy(vectors[i].region + at + vectors[i].offset * stride_bytes, &value[i], 4);
+    const Target target = vectors[i].*target_of;
+    if (target.region) std::memcpy(target.region + at + target.offset * stride_bytes, &value[i], 4);
   }
 }
 
-void scatter_scale(const uint16_t* scale, const Vector* vectors, int count, int64_t at) {
+void scatter_scale(const uint16_t* scale, const Vector* vectors, int count,
+                   Target Vector::* target_of, int64_t at) {
   for (int i = 0; i < count; ++i) {
-    std::memcpy(vectors[i].region + at + vectors[i].offset * kScaleBytes, &scale[i], kScaleBytes);
+    const Target target = vectors[i].*target_of;
+    if (target.region) {
+      std::memcpy(target.region + at + target.offset * kScaleBytes, &scale[i], kScaleBytes);
+    }
   }
+}
+
+// Write group `g` of copies, of which `codes` and `scales` are the arrays.
+template <int kGroup>
+void scatter_copies(const GroupCopy& copy, const Vector* vectors, int count, int g, int head_dim,
+                    int64_t codes, int64_t scales) {
+  for (int w = 0; w < kGroup / 4; ++w) {
+    scatter(copy.code[w], vectors, count, &Vector::copy, codes + g * kGroup + w * 4, head_dim);
+  }
+  scatter_scale(copy.scale, vectors, count, &Vector::copy, scales + g * kUnitTokens * kScaleBytes);
 }
 
 template <int kGroup>
 void store_batch(const StoreParams& p, const Vector* vectors, int count) {
   const SlotLayout layout = p.cache.layout;
   const BlockOffsets at = layout.offsets(p.cache.block_size);
+  const CopyOffsets copy_at = layout.copy_offsets();
+  const bool any_copy =
+      std::any_of(vectors, vectors + count, [](const Vector& v) { return v.copy.region; });
   Lanes x[kGroup], far[kGroup];
   GroupCode code;
+  GroupCopy copy;
   for (int g = 0; g < layout.num_groups(); ++g) {
     const int64_t scale_row = int64_t{g} * p.cache.block_size * kScaleBytes;
     gather_keys<kGroup>(p, vectors, count, g, false, x);
     gather_keys<kGroup>(p, vectors, count, g, true, far);
     encode_key<kGroup>(x, far, &code);
     for (int w = 0; w < kGroup / 16; ++w) {
-      scatter(code.index[w], vectors, count, at.key_index + (g * kGroup / 16 + w) * 4,
-              layout.index_bytes());
+      scatter(code.index[w], vectors, count, &Vector::slot,
+              at.key_index + (g * kGroup / 16 + w) * 4, layout.index_bytes());
     }
     for (int w = 0; w < kGroup / 32; ++w) {
-      scatter(code.sign[w], vectors, count, at.key_sign + (g * kGroup / 32 + w) * 4,
+      scatter(code.sign[w], vectors, count, &Vector::slot, at.key_sign + (g * kGroup / 32 + w) * 4,
               layout.sign_bytes());
     }
-    scatter_scale(code.scale, vectors, count, at.key_scale + scale_row);
+    scatter_scale(code.scale, vectors, count, &Vector::slot, at.key_scale + scale_row);
+    if (any_copy) {
+      encode_copy<kGroup>(kKeySigns, x, &copy);
+      for (int i = 0; i < kLanes; ++i) copy.scale[i] |= code.scale[i] & kHalfSignBit;
+      scatter_copies<kGroup>(copy, vectors, count, g, layout.head_dim, copy_at.key,
+                             copy_at.key_scale);
+    }
     gather<kGroup>(p.value, vectors, count, g, [](int64_t, float*) {}, x);
     encode_value<kGroup>(x, &code);
     for (int w = 0; w < kGroup / 16; ++w) {
-      scatter(code.index[w], vectors, count, at.value_index + (g * kGroup / 16 + w) * 4,
-              layout.index_bytes());
+      scatter(code.index[w], vectors, count, &Vector::slot,
+              at.value_index + (g * kGroup / 16 + w) * 4, layout.index_bytes());
     }
-    scatter_scale(code.scale, vectors, count, at.value_scale + scale_row);
+    scatter_scale(code.scale, vectors, count, &Vector::slot, at.value_scale + scale_row);
+    if (any_copy) {
+      encode_copy<kGroup>(kValueSigns, x, &copy);
+      scatter_copies<kGroup>(copy, vectors, count, g, layout.head_dim, copy_at.value,
+                             copy_at.value_scale);
+    }
   }
+}
+
+// Vector of a KV head of a token.
+Vector locate(const StoreParams& p, int64_t token, int64_t kv_head) {
+  const int64_t slot = p.slot_mapping[token];
+  Vector vector{};
+  vector.token = token, vector.kv_head = kv_head;
+  vector.slot = {p.cache.region(slot / p.cache.block_size, kv_head), slot % p.cache.block_size};
+  const int32_t mapped = p.copies.data ? p.copies.unit_map[slot / kUnitTokens] : 0;
+  if (mapped != 0) vector.copy = {p.copies.unit(mapped, kv_head), slot % kUnitTokens};
+  return vector;
 }
 
 }  // namespace
@@ -220,10 +303,7 @@ void store(const StoreParams& p, const Threads& threads) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, num_vectors - batch * kLanes));
       for (int i = 0; i < count; ++i) {
         const int64_t v = batch * kLanes + i;
-        const int64_t token = tokens[v / num_heads], slot = p.slot_mapping[token];
-        vectors[i] = {token, v % num_heads,
-                      p.cache.region(slot / p.cache.block_size, v % num_heads),
-                      slot % p.cache.block_size};
+        vectors[i] = locate(p, tokens[v / num_heads], v % num_heads);
       }
       if (p.cache.layout.group() == 64) {
         store_batch<64>(p, vectors, count);

@@ -115,4 +115,27 @@ __device__ inline void expand_values(uint32_t table, uint32_t tokens, uint32_t (
   }
 }
 
+// Sixteen 8-bit copies of keys in the order of expand_index.
+__device__ inline void order_copies(const uint4& copies, uint32_t (&out)[4]) {
+  out[0] = __byte_perm(copies.x, copies.y, 0x6420);
+  out[1] = __byte_perm(copies.z, copies.w, 0x6420);
+  out[2] = __byte_perm(copies.x, copies.y, 0x7531);
+  out[3] = __byte_perm(copies.z, copies.w, 0x7531);
+}
+
+// Eight 8-bit copies of values of two tokens to float16 pairs (first token, second token).
+__device__ inline void expand_copies(const uint2& first, const uint2& second, uint32_t (&out)[8]) {
+  // 0x6400 | b is 1024 + b.
+  const __half2 zero = __half2half2(__ushort_as_half(0x6480));  // 1024 + 128
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    const uint32_t a = (c < 4 ? first.x : first.y) ^ 0x80808080u;
+    const uint32_t b = (c < 4 ? second.x : second.y) ^ 0x80808080u;
+    const uint32_t bytes = __byte_perm(a, b, c % 4 | (4 + c % 4) << 8);
+    const uint32_t biased = __byte_perm(bytes, 0x64646464u, 0x4240);
+    const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&biased), zero);
+    out[c] = *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
 }  // namespace tq::cuda

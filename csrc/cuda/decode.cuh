@@ -7,318 +7,122 @@
 //   S[16 tokens x 8] = K[16 x d] Q^T[d x 8] in int8; a column pair is a row's high and low part.
 // Output: (H D3)^T sum_t p_t beta_t C[i_t].
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
+// Where the request's window has 8-bit copies (reference_recent.py), the CTA with its last tokens
+// reads these, before its batches, and no CTA their codes.
 // Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
 // codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
 // The order of additions is fixed, so equal inputs give equal bits.
 #pragma once
 
 #include <atomic>
-#include <cfloat>
+#include <climits>
 
 #include "cuda/codes.cuh"
 #include "cuda/decode_merge.cuh"
 #include "cuda/decode_query.cuh"
+#include "cuda/decode_scores.cuh"
 #include "cuda/decode_stream.cuh"
 #include "cuda/decode_traits.cuh"
+#include "cuda/decode_values.cuh"
 #include "cuda/launch.cuh"
 
 namespace tq::cuda {
 
-// The running maximum may lag by this much (log2), so that most batches need no rescaling.
-inline constexpr float kMaxLag = 8.0f;
-// Room for growth of beta before it forces a rescaling.
-inline constexpr float kValueHeadroom = 4.0f;
-
-// Scores and value scales of one unit.
+// What this lane's rows, 4 i + t, see of a request's tokens.
 template <typename Traits>
-struct UnitScores {
-  float score[Traits::kKeyTiles][2];  // log2, tokens g and g + 8
-  float beta[Traits::kNumGroups][2];  // of the same tokens
-};
+struct Sight {
+  int seq_len, fewest;             // tokens that the request has; that all rows see by their codes
+  int visible[Traits::kKeyTiles];  // tokens that a row sees
+  int window;                      // first token that may have a copy
+  const int32_t* mapped;           // units from there on, as in Copies::unit_map
 
-// What makes the integer products of this lane's rows, 4 i + t, scores.
-template <typename Traits>
-struct ScoreFactors {
-  float unit[Traits::kKeyTiles][Traits::kNumGroups];
-  int32_t base[Traits::kKeyTiles][Traits::kNumGroups];
-  float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for keys that start there
-
-  __device__ explicit ScoreFactors(const typename Traits::Query& query) {
+  __device__ Sight(const AttentionParams& a, const RowRange& rows, int req, const int32_t* mapped_)
+      : seq_len(a.seq_lens[req]), mapped(mapped_) {
+    window = a.copies.data ? first_window_unit(seq_len, a.copies.window_units) * Traits::kUnitTokens
+                           : INT_MAX;
+    fewest = min(seq_len, window);
+    const int query_len = rows.num_rows / rows.group_size;
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
       const int row = 4 * i + (threadIdx.x & 3);
-#pragma unroll
-      for (int g = 0; g < Traits::kNumGroups; ++g) {
-        unit[i][g] = query.unit[row][g];
-        base[i][g] = query.base[row][g];
-        sink[i][g] = query.sink[row][g];
-      }
+      const int hidden = query_len - 1 - (rows.first_row + row) / rows.group_size;
+      visible[i] = a.causal ? seq_len - max(hidden, 0) : seq_len;
+      fewest = min(fewest, visible[i]);
     }
-  }
-};
-
-// Operands of the keys' products: registers where they fit, else read again from shared memory.
-template <typename Traits>
-class QueryOperands {
- public:
-  static constexpr bool kInRegisters =
-      Traits::kNumGroups * Traits::kKeyTiles * Traits::kProducts <= 8;
-  static constexpr int kCount = kInRegisters ? Traits::kNumGroups * Traits::kProducts * 2 : 1;
-
-  __device__ explicit QueryOperands(const typename Traits::Query& query) : query_(query) {
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int g = i / (Traits::kProducts * 2), j = i / 2 % Traits::kProducts;
-#pragma unroll
-        for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-          index_[i][tile] = read(query_.index[g][j][i % 2], tile);
-          sign_[i][tile] = read(query_.sign[g][j][i % 2], tile);
-        }
-      }
-    }
-  }
-  __device__ uint32_t index(int g, int j, int half, int tile) const {
-    if constexpr (kInRegisters) return index_[(g * Traits::kProducts + j) * 2 + half][tile];
-    return read(query_.index[g][j][half], tile);
-  }
-  __device__ uint32_t sign(int g, int j, int half, int tile) const {
-    if constexpr (kInRegisters) return sign_[(g * Traits::kProducts + j) * 2 + half][tile];
-    return read(query_.sign[g][j][half], tile);
+    fewest = __reduce_min_sync(kAllLanes, fewest);
   }
 
- private:
-  using Columns = const uint8_t (&)[Traits::kKeyTiles * 8][4][4];
-  __device__ static uint32_t read(Columns columns, int tile) {
-    const int lane = threadIdx.x & 31;
-    return *reinterpret_cast<const uint32_t*>(columns[tile * 8 + lane / 4][lane % 4]);
-  }
-
-  const typename Traits::Query& query_;
-  uint32_t index_[kCount][Traits::kKeyTiles], sign_[kCount][Traits::kKeyTiles];
-};
-
-// Codes of one token's quarter of a key group: index words, and sign words as expand_signs wants
-// them.
-template <typename Traits>
-struct KeyWords {
-  static constexpr int kIndexWords = Traits::kGroup / 64;
-  uint32_t index[kIndexWords];
-  uint32_t sign[kIndexWords];  // expanded twice: as it is, and with the low half bytes moved up
-
-  __device__ KeyWords(const uint8_t* unit, int g, int token) {
-    const int t = threadIdx.x & 3;
-    const uint8_t* codes = unit + token * (Traits::kHeadDim / 4) + g * (Traits::kGroup / 4);
-    const uint8_t* signs =
-        unit + Traits::kKeySignAt + token * (Traits::kHeadDim / 8) + g * (Traits::kGroup / 8);
-    if constexpr (Traits::kGroup == 128) {
-      const uint2 words = reinterpret_cast<const uint2*>(codes)[t];
-      index[0] = words.x, index[1] = words.y;
-      sign[0] = reinterpret_cast<const uint32_t*>(signs)[t];
-      sign[1] = sign[0] << 4;
-    } else {
-      index[0] = reinterpret_cast<const uint32_t*>(codes)[t];
-      const uint32_t word = reinterpret_cast<const uint16_t*>(signs)[t];
-      sign[0] = __byte_perm(word, word << 4, 0x5410);
-    }
-  }
-};
-
-__device__ inline float read_scale(const uint8_t* scales, int token) {
-  return __half2float(reinterpret_cast<const __half*>(scales)[token]);
-}
-
-template <typename Traits>
-__device__ inline void score_unit(uint32_t table, const uint8_t* unit,
-                                  const QueryOperands<Traits>& query,
-                                  const ScoreFactors<Traits>& factors, UnitScores<Traits>* out) {
-  const int g8 = (threadIdx.x & 31) / 4;
-#pragma unroll
-  for (int g = 0; g < Traits::kNumGroups; ++g) {
-    const KeyWords<Traits> low(unit, g, g8), high(unit, g, g8 + 8);
-    int32_t product[Traits::kKeyTiles][4];
-#pragma unroll
-    for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-      product[tile][0] = product[tile][2] = 0;
-      product[tile][1] = product[tile][3] = factors.base[tile][g];
-    }
-#pragma unroll
-    for (int w = 0; w < KeyWords<Traits>::kIndexWords; ++w) {
-      uint32_t a[4], b[4], c[4], d[4];
-      expand_index(table, low.index[w], a);
-      expand_index(table, high.index[w], b);
-      expand_signs(low.sign[w], c);
-      expand_signs(high.sign[w], d);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int j = 2 * w + i;
-#pragma unroll
-        for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-          mma_int8(product[tile], a[2 * i], b[2 * i], a[2 * i + 1], b[2 * i + 1],
-                   query.index(g, j, 0, tile), query.index(g, j, 1, tile));
-          mma_int8(product[tile], c[2 * i], d[2 * i], c[2 * i + 1], d[2 * i + 1],
-                   query.sign(g, j, 0, tile), query.sign(g, j, 1, tile));
-        }
-      }
-    }
+  // Leave of a unit's tokens those that rows see and that have a copy, or have none.
+  __device__ void hide(int first_token, bool copied, UnitScores<Traits>* unit) const {
+    const int32_t valid =
+        first_token >= window ? mapped[(first_token - window) / Traits::kUnitTokens] : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int token = g8 + 8 * h;
-      const float alpha =
-          read_scale(unit + Traits::kKeyScaleAt + g * Traits::kScaleRowBytes, token);
-      out->beta[g][h] =
-          read_scale(unit + Traits::kValueScaleAt + g * Traits::kScaleRowBytes, token);
-#pragma unroll
-      for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-        const int32_t sum = product[tile][2 * h] * 128 + product[tile][2 * h + 1];
-        const float origin = signbit(alpha) ? factors.sink[tile][g] : 0.0f;
-        const float score =
-            fmaf(fabsf(alpha), static_cast<float>(sum) * factors.unit[tile][g], origin);
-        out->score[tile][h] = g == 0 ? score : out->score[tile][h] + score;
-      }
-    }
-  }
-}
-
-// Raise the maximum and the value scale to what the batch needs, and shrink what was summed.
-template <typename Traits>
-__device__ inline void rescale(const float (&score_max)[Traits::kKeyTiles], float beta_max,
-                               DecodeState<Traits>& state) {
-  const int lane = threadIdx.x & 31, t = lane % 4;
-  float shrink[Traits::kKeyTiles];
-#pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) {
-    float max = score_max[i];
-#pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) {
-      max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, mask));
-    }
-    max = fmaxf(max, state.max[i]);
-    shrink[i] = exp2_approx(state.max[i] - max);
-    state.max[i] = max;
-    state.sum[i] *= shrink[i];
-  }
-  float factor = 1.0f;
-  beta_max = warp_max(beta_max);
-  if (beta_max > state.value_scale) {
-    factor = state.value_scale / (beta_max * kValueHeadroom);
-    state.value_scale = beta_max * kValueHeadroom;
-  }
-  // Accumulator columns 2 t and 2 t + 1 are rows of that number; row r is in lane r % 4, tile r
-  // / 4.
-  const int source = 2 * t % 4;
-  float even = __shfl_sync(kAllLanes, shrink[0], source);
-  float odd = __shfl_sync(kAllLanes, shrink[0], source + 1);
-  if constexpr (Traits::kKeyTiles == 2) {
-    const float even1 = __shfl_sync(kAllLanes, shrink[1], source);
-    const float odd1 = __shfl_sync(kAllLanes, shrink[1], source + 1);
-    if (t >= 2) even = even1, odd = odd1;
-  }
-  even *= factor, odd *= factor;
-#pragma unroll
-  for (auto& group : state.out) {
-#pragma unroll
-    for (auto& word : group) {
-#pragma unroll
-      for (auto& tile : word) tile[0] *= even, tile[1] *= odd, tile[2] *= even, tile[3] *= odd;
-    }
-  }
-}
-
-// Add the values of one unit, weighted. p: of this lane's rows and tokens g, g + 8.
-template <typename Traits>
-__device__ inline void add_values(uint32_t table, const uint8_t* unit,
-                                  const float (&p)[Traits::kKeyTiles][2],
-                                  const float (&beta)[Traits::kNumGroups][2], float inverse,
-                                  DecodeState<Traits>& state) {
-  const int lane = threadIdx.x & 31, g8 = lane / 4, t = lane % 4;
-  // Column g of the weights is row g; its k are tokens t, t + 8, t + 4, t + 12.
-  const int source = 4 * t + g8 % 4;
-#pragma unroll
-  for (int g = 0; g < Traits::kNumGroups; ++g) {
-    const float scale0 = beta[g][0] * inverse, scale1 = beta[g][1] * inverse;
-    uint32_t weights = pack_half2(p[0][0] * scale0, p[0][1] * scale1);
-    uint32_t b0 = __shfl_sync(kAllLanes, weights, source);
-    uint32_t b1 = __shfl_sync(kAllLanes, weights, source + 16);
-    if constexpr (Traits::kKeyTiles == 2) {
-      weights = pack_half2(p[1][0] * scale0, p[1][1] * scale1);
-      const uint32_t upper0 = __shfl_sync(kAllLanes, weights, source);
-      const uint32_t upper1 = __shfl_sync(kAllLanes, weights, source + 16);
-      if (g8 >= 4) b0 = upper0, b1 = upper1;
-    }
-    uint32_t words[4];  // of tokens t, t + 4, t + 8, t + 12
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint8_t* codes = unit + Traits::kValueIndexAt + (t + 4 * i) * (Traits::kHeadDim / 4) +
-                             g * (Traits::kGroup / 4);
-      words[i] = Traits::kGroup == 128 ? reinterpret_cast<const uint32_t*>(codes)[g8]
-                                       : reinterpret_cast<const uint16_t*>(codes)[g8];
-    }
-#pragma unroll
-    for (int w = 0; w < Traits::kValueWords; ++w) {
-      uint32_t x[8], y[8];
-      const uint32_t selector = w == 0 ? 0x5140 : 0x7362;
-      expand_values(table, __byte_perm(words[0], words[2], selector), x);
-      expand_values(table, __byte_perm(words[1], words[3], selector), y);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = 4 * (i >> 1) + (i & 1);
-        mma_half(state.out[g][w][i], x[c], x[c + 2], y[c], y[c + 2], b0, b1);
-      }
-    }
-  }
-}
-
-// Score and weigh one batch. limit[i]: tokens of this batch that row 4 i + t sees, if kMasked.
-template <typename Traits, bool kMasked>
-__device__ inline void attend_batch(const uint2& tables, const uint8_t* batch,
-                                    const QueryOperands<Traits>& query,
-                                    const ScoreFactors<Traits>& factors,
-                                    const int (&limit)[Traits::kKeyTiles], int num_tokens,
-                                    DecodeState<Traits>& state) {
-  const int g8 = (threadIdx.x & 31) / 4;
-  UnitScores<Traits> units[Traits::kBatchUnits];
-  float score_max[Traits::kKeyTiles], beta_max = 0.0f;
-#pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) score_max[i] = -FLT_MAX;
-#pragma unroll
-  for (int k = 0; k < Traits::kBatchUnits; ++k) {
-    score_unit<Traits>(tables.x, batch + k * Traits::kUnitBytes, query, factors, &units[k]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int token = k * Traits::kUnitTokens + g8 + 8 * h;
+      const int in_unit = (threadIdx.x & 31) / 4 + 8 * h, token = first_token + in_unit;
+      const bool is_absent = token >= seq_len || (valid >> in_unit & 1) != copied;
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
-        // NOTE: past the end the scale may be NaN, which a weight of 0 would not silence.
-        if (kMasked && token >= num_tokens) units[k].beta[g][h] = 0.0f;
-        beta_max = fmaxf(beta_max, units[k].beta[g][h]);
+        // NOTE: the scale may be NaN here, which a weight of 0 would not silence.
+        if (is_absent) unit->beta[g][h] = 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < Traits::kKeyTiles; ++i) {
-        if (kMasked && token >= limit[i]) units[k].score[i][h] = -INFINITY;
-        score_max[i] = fmaxf(score_max[i], units[k].score[i][h]);
+        if (is_absent || token >= visible[i]) unit->score[i][h] = -INFINITY;
       }
     }
   }
-  bool grows = beta_max > state.value_scale;
-#pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) grows |= score_max[i] > state.max[i] + kMaxLag;
-  if (__any_sync(kAllLanes, grows)) rescale<Traits>(score_max, beta_max, state);
+};
 
-  const float inverse = __fdividef(kWeightScale, state.value_scale);
+// Look up the units of a request's window with one warp.
+template <typename Traits>
+__device__ inline void find_window(const AttentionParams& a, int req, int32_t* mapped) {
+  const int i = threadIdx.x & 31, seq_len = a.seq_lens[req];
+  if (i >= Traits::kWindowUnits) return;
+  const int unit = first_window_unit(seq_len, a.copies.window_units) + i;
+  const int units_per_block = a.cache.block_size / Traits::kUnitTokens;
+  mapped[i] = 0;
+  if (i < a.copies.window_units && unit * Traits::kUnitTokens < seq_len) {
+    const int64_t block =
+        a.block_table.data[req * a.block_table.req_stride + unit / units_per_block];
+    mapped[i] = a.copies.unit_map[block * units_per_block + unit % units_per_block];
+  }
+}
+
+// Attend to the copies of a window that this warp has to read.
+template <typename Traits>
+__device__ inline void attend_copies(const AttentionParams& a, int kv_head,
+                                     const QueryOperands<Traits>& query,
+                                     const ScoreFactors<Traits>& factors,
+                                     const Sight<Traits>& sight, DecodeState<Traits>& state) {
+  for (int i = threadIdx.x / 32; i < a.copies.window_units; i += Traits::kWarps) {
+    const int32_t mapped = sight.mapped[i];
+    if ((mapped & 0xffff) == 0) continue;
+    const uint8_t* copies = a.copies.unit(mapped, kv_head);
+    UnitScores<Traits> units[1];
+    score_copies<Traits>(copies, query, factors, units);
+    sight.hide(sight.window + i * Traits::kUnitTokens, true, units);
+    add_units<Traits>(units, [&](int, int g) { return CopiedValues<Traits>(copies, g); }, state);
+  }
+}
+
+// Attend to one batch by its codes. Where all rows see all its tokens so, kMasked is not needed.
+template <typename Traits, bool kMasked>
+__device__ inline void attend_batch(const uint2& tables, const uint8_t* batch, int first_token,
+                                    const QueryOperands<Traits>& query,
+                                    const ScoreFactors<Traits>& factors, const Sight<Traits>& sight,
+                                    DecodeState<Traits>& state) {
+  UnitScores<Traits> units[Traits::kBatchUnits];
 #pragma unroll
   for (int k = 0; k < Traits::kBatchUnits; ++k) {
-    float p[Traits::kKeyTiles][2];
-#pragma unroll
-    for (int i = 0; i < Traits::kKeyTiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        p[i][h] = exp2_approx(units[k].score[i][h] - state.max[i]);
-        state.sum[i] += p[i][h];
-      }
-    }
-    add_values<Traits>(tables.y, batch + k * Traits::kUnitBytes, p, units[k].beta, inverse, state);
+    score_unit<Traits>(tables.x, batch + k * Traits::kUnitBytes, query, factors, &units[k]);
+    if constexpr (kMasked) sight.hide(first_token + k * Traits::kUnitTokens, false, &units[k]);
   }
+  add_units<Traits>(
+      units,
+      [&](int k, int g) {
+        return CodedValues<Traits>(tables.y, batch + k * Traits::kUnitBytes, g);
+      },
+      state);
 }
 
 // Attend one tile of rows to batches [begin, end).
@@ -328,8 +132,8 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   const DecodeParams& p = partials.p;
   const RowRange& rows = partials.rows;
   const AttentionParams& a = p.attention;
-  const int warp = threadIdx.x / 32, t = threadIdx.x & 3;
-  const int seq_len = a.seq_lens[req];
+  const int warp = threadIdx.x / 32;
+  const Sight<Traits> sight(a, rows, req, shared->window);
 
   // 1. Start reading, then prepare the queries while the bytes are on their way.
   prepare_stream<Traits>(a, &shared->stream);
@@ -338,6 +142,9 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   DecodeStream<Traits> stream(a, req, rows.kv_head, begin + warp, end, shared->stream, ring);
 #pragma unroll
   for (int n = 0; n < Traits::kEarlyStages; ++n) stream.fetch(n, n);
+  if (warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window) {
+    find_window<Traits>(a, req, shared->window);
+  }
   for (int i = warp; i < Traits::kRows * Traits::kNumGroups; i += Traits::kWarps) {
     prepare_query<Traits>(p, rows, i / Traits::kNumGroups, i % Traits::kNumGroups, &shared->query);
   }
@@ -346,21 +153,13 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   for (int n = Traits::kEarlyStages; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
   const QueryOperands<Traits> query(shared->query);
   const ScoreFactors<Traits> factors(shared->query);
-  int visible[Traits::kKeyTiles], fewest = seq_len;  // tokens that a row sees
-#pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) {
-    const int row = 4 * i + t;
-    const int query_len = rows.num_rows / rows.group_size;
-    const int hidden = query_len - 1 - (rows.first_row + row) / rows.group_size;
-    visible[i] = a.causal ? seq_len - max(hidden, 0) : seq_len;
-    fewest = min(fewest, visible[i]);
-  }
-
-  fewest = __reduce_min_sync(kAllLanes, fewest);
 
   // 2. Stream over the tokens.
   const uint2 tables = shared->stream.tables[threadIdx.x & 1];
   DecodeState<Traits> state;
+  if (end * Traits::kBatchTokens >= sight.seq_len && a.copies.data) {
+    attend_copies<Traits>(a, rows.kv_head, query, factors, sight, state);
+  }
   const int num_batches = stream.num_batches();
   for (int n = 0, slot = 0; n < num_batches; ++n) {
     stream.wait();
@@ -368,13 +167,10 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     const uint8_t* batch = ring + slot * Traits::kBatchBytes;
     slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
     const int token = stream.token(n);
-    int limit[Traits::kKeyTiles];
-#pragma unroll
-    for (int i = 0; i < Traits::kKeyTiles; ++i) limit[i] = visible[i] - token;
-    if (token + Traits::kBatchTokens > fewest) {
-      attend_batch<Traits, true>(tables, batch, query, factors, limit, seq_len - token, state);
+    if (token + Traits::kBatchTokens > sight.fewest) {
+      attend_batch<Traits, true>(tables, batch, token, query, factors, sight, state);
     } else {
-      attend_batch<Traits, false>(tables, batch, query, factors, limit, seq_len - token, state);
+      attend_batch<Traits, false>(tables, batch, token, query, factors, sight, state);
     }
   }
   cp_async_wait<0>();

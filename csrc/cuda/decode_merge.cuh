@@ -148,17 +148,17 @@ __device__ inline void combine_splits(const TilePartials<Traits>& partials, int 
 
     // 2. Sum this warp's splits.
     if (mine) {
-#pragma unroll 4
+#pragma unroll 8  // loads in flight
       for (int s = part; s < num_splits; s += kStep) {
         const float weight = __expf(load_relaxed(partials.lse(s, row)) - base);
         const float* from = partials.out(s, row) + lane * kCount;
         sum += weight;
 #pragma unroll
         for (int g = 0; g < Traits::kNumGroups; ++g) {
+          float x[kCount];
+          load_relaxed(from + g * kGroup, x);
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) {
-            out[g][e] += weight * load_relaxed(from + g * kGroup + e);
-          }
+          for (int e = 0; e < kCount; ++e) out[g][e] += weight * x[e];
         }
       }
     }

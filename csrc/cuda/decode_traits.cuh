@@ -28,9 +28,11 @@ struct DecodeTraits {
 
   // A unit is 16 tokens of one block; a batch is what a warp scores between two looks at the
   // maximum.
-  static constexpr int kUnitTokens = kBlockSizeMultiple;
+  static constexpr int kUnitTokens = tq::kUnitTokens;
   static constexpr int kBatchUnits = 2;
   static constexpr int kBatchTokens = kBatchUnits * kUnitTokens;
+  // Units from the first of a window on that a batch with tokens of it may have.
+  static constexpr int kWindowUnits = kMostWindowUnits + kBatchUnits;
   static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
   // Copied before queries are prepared. With more, a warp's first batch would wait behind the later
   // ones of the others.
@@ -68,13 +70,13 @@ struct DecodeTraits {
     float max[kWarps][kRows];
     float sum[kWarps][kRows];
   };
-  // Splits of a row are shared by some warps.
-  static constexpr int kWarpsPerRow = kWarps < kRows ? 1 : kWarps / kRows;
+  // Splits of a row are shared by some warps; four rows are merged at a time.
+  static constexpr int kWarpsPerRow = kWarps / 4;
   struct Combine {
     float out[kWarps][kHeadDim];
     float sum[kWarps];
     // The result of the only split, which need not leave the CTA.
-    float only_out[kRows][kHeadDim];
+    alignas(16) float only_out[kRows][kHeadDim];
     float only_lse[kRows];
   };
   struct Stream {
@@ -93,11 +95,13 @@ struct DecodeTraits {
         Combine combine;
       };
     };
-    bool is_last;  // of the request's splits
+    int32_t window[kWindowUnits];  // entries of Copies::unit_map
+    bool is_last;                  // of the request's splits
   };
 
   static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");
   static_assert(kUnitBytes % 16 == 0, "a unit is copied in 16-byte pieces");
+  static_assert(kWarps % 4 == 0, "every row is merged by as many warps");
   static_assert(32 % kBatchUnits == 0, "lanes find the blocks of whole batches");
 };
 

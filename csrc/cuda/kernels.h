@@ -14,6 +14,9 @@ using Stream = void*;  // cudaStream_t, so that callers need no CUDA header
 
 void store(const StoreParams& p, Stream stream);
 
+// One CTA, so that places are given in the order of requests.
+void assign_recent(const AssignParams& p, Stream stream);
+
 // How paged_attention divides its work. Depends on sizes that the host knows, never on lengths.
 struct DecodePlan {
   int rows_per_tile;  // query rows of a KV head that share one pass over the tokens

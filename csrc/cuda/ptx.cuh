@@ -67,4 +67,18 @@ __device__ inline float load_relaxed(const float* at) {
   return x;
 }
 
+// The same for neighbours, aligned to all of them.
+__device__ inline void load_relaxed(const float* at, float (&x)[2]) {
+  asm volatile("ld.relaxed.gpu.v2.f32 {%0, %1}, [%2];"
+               : "=f"(x[0]), "=f"(x[1])
+               : "l"(at)
+               : "memory");
+}
+__device__ inline void load_relaxed(const float* at, float (&x)[4]) {
+  asm volatile("ld.relaxed.gpu.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(at)
+               : "memory");
+}
+
 }  // namespace tq::cuda

@@ -2,7 +2,8 @@
 //
 // Grid: one warp per (token, KV head, key or value, group); a lane holds group / 32 consecutive
 // coordinates. The arithmetic is reference.py's (encode_keys, encode_values) in the same order, so
-// the bytes are equal. Latency-bound at decode (a few hundred vectors); at prefill about 15
+// the bytes are equal. Tokens whose unit has a place among the copies are also written there, in 8
+// bits (reference_recent.py). Latency-bound at decode (a few hundred vectors); at prefill about 15
 // shuffles a coordinate of a lane.
 #include "core/codebook.h"
 #include "cuda/kernels.h"
@@ -66,18 +67,18 @@ __device__ float group_scale(float norm, float overlap) {
   return scale > kHalfMax ? kHalfMax : scale;
 }
 
-// `frame` starts at the lane's coordinates, its parts `head_dim` apart.
+// Code a key; x becomes what is left of it, seen from its origin. `frame` starts at the lane's
+// coordinates, its parts `head_dim` apart.
 template <int kGroup>
-__device__ LaneCode encode_key(const float (&key)[kPerLane<kGroup>], const float* frame,
-                               int head_dim) {
+__device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>], const float* frame, int head_dim) {
   constexpr int kCount = kPerLane<kGroup>;
-  float u[kCount], centroid[kCount], projected[kCount], scratch[kCount], x[kCount], far[kCount];
+  float u[kCount], centroid[kCount], projected[kCount], scratch[kCount], far[kCount];
   LaneCode code{};
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     const float balance = frame[2 * head_dim + e];
-    x[e] = __fmul_rn(__fsub_rn(key[e], frame[e]), balance);
-    far[e] = __fmul_rn(__fsub_rn(key[e], frame[head_dim + e]), balance);
+    far[e] = __fmul_rn(__fsub_rn(x[e], frame[head_dim + e]), balance);
+    x[e] = __fmul_rn(__fsub_rn(x[e], frame[e]), balance);
   }
   float square = sum_of_squares<kGroup>(x);
   const float far_square = sum_of_squares<kGroup>(far);
@@ -132,6 +133,33 @@ __device__ void scatter_bits(uint32_t bits, uint8_t* out) {
   if (lane % kLanesPerByte == 0) out[lane / kLanesPerByte] = static_cast<uint8_t>(bits);
 }
 
+// Write x, rotated, in 8 bits as token `offset` of a unit's copies.
+template <int kGroup, const SignDiagonal& kDiagonal>
+__device__ void write_copy(const float (&x)[kPerLane<kGroup>], bool at_sink, uint8_t* vectors,
+                           uint8_t* scales, int head_dim, int group, int offset) {
+  constexpr int kCount = kPerLane<kGroup>;
+  constexpr float kLargest = 127.0f;
+  const int lane = threadIdx.x & 31;
+  float y[kCount];
+  rotate<kGroup, kDiagonal>(x, y);
+  unsigned bits = 0;  // of the largest magnitude, or of a NaN, whose bits exceed those of numbers
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) bits = max(bits, __float_as_uint(y[e]) & 0x7fffffffu);
+  const float largest = __uint_as_float(__reduce_max_sync(kAllLanes, bits));
+  const float inverse = largest == 0.0f ? 0.0f : __fdiv_rn(kLargest, largest);
+  int8_t* out = reinterpret_cast<int8_t*>(vectors) + offset * head_dim + group * kGroup;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    const int code = __float2int_rn(__fmul_rn(y[e], inverse));  // 0 for NaN
+    out[lane * kCount + e] = static_cast<int8_t>(min(max(code, -127), 127));
+  }
+  if (lane == 0) {
+    const float scale = __fdiv_rn(largest, kLargest * Codebook<kGroup>::kRoot);
+    reinterpret_cast<__half*>(scales)[group * kUnitTokens + offset] =
+        __float2half_rn(copysignf(scale, at_sink ? -1.0f : 1.0f));
+  }
+}
+
 template <int kGroup>
 __global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p) {
   constexpr int kCount = kPerLane<kGroup>;
@@ -174,6 +202,21 @@ __global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p)
     uint8_t* scales = region + (is_value ? at.value_scale : at.key_scale);
     reinterpret_cast<__half*>(scales)[int64_t{group} * block_size + offset] =
         __float2half_rn(code.scale);
+  }
+
+  // 4. Copy it, if its unit has a place.
+  const Copies& copies = p.copies;
+  const int32_t mapped = copies.data ? copies.unit_map[slot / kUnitTokens] : 0;
+  if (mapped == 0) return;
+  const CopyOffsets in = layout.copy_offsets();
+  uint8_t* unit = copies.unit(mapped, kv_head);
+  const int in_unit = static_cast<int>(slot % kUnitTokens);
+  if (is_value) {
+    write_copy<kGroup, kValueSigns>(x, false, unit + in.value, unit + in.value_scale,
+                                    layout.head_dim, group, in_unit);
+  } else {
+    write_copy<kGroup, kKeySigns>(x, signbit(code.scale), unit + in.key, unit + in.key_scale,
+                                  layout.head_dim, group, in_unit);
   }
 }
 

@@ -18,8 +18,10 @@ cpu::Threads threads() {
 }
 
 void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping) {
-  const StoreParams p = store_params(key, value, key_frame, kv_cache, slot_mapping);
+           const Tensor& slot_mapping, std::optional<Tensor> recent,
+           std::optional<Tensor> unit_map) {
+  const StoreParams p =
+      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
   const int64_t num_slots = p.cache.num_blocks * p.cache.block_size;
   for (int64_t i = 0; i < p.num_tokens; ++i) {
     STD_TORCH_CHECK(p.slot_mapping[i] < num_slots, "slot_mapping has slot ", p.slot_mapping[i],
@@ -32,9 +34,11 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> /* scratch: threads have their own */,
-                     std::optional<Tensor> /* tickets */) {
-  const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
-                                             query_start_loc, key_frame, scale, causal, out, lse);
+                     std::optional<Tensor> /* tickets */, std::optional<Tensor> recent,
+                     std::optional<Tensor> unit_map, int64_t window_units) {
+  const AttentionParams p =
+      attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
+                       causal, out, lse, recent, unit_map, window_units);
   const int64_t last = p.query_start_loc[p.num_reqs];
   STD_TORCH_CHECK(last <= query.size(0) && last <= out.size(0) && last <= lse.size(1),
                   "query_start_loc ends at row ", last, ", query, out and lse have ", query.size(0),
@@ -63,6 +67,19 @@ void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor&
                     end, ", block_table has room for ", capacity);
   }
   cpu::dequantize(p, threads());
+}
+
+void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                   int64_t block_size, int64_t window_units, int64_t step, Tensor unit_map,
+                   Tensor places, Tensor clock) {
+  const AssignParams p = assign_params(block_table, seq_lens, query_start_loc, block_size,
+                                       window_units, step, unit_map, places, clock);
+  const int64_t capacity = block_table.size(1) * block_size;
+  for (int req = 0; req < p.num_reqs; ++req) {
+    STD_TORCH_CHECK(p.seq_lens[req] <= capacity, "seq_lens has ", p.seq_lens[req],
+                    " tokens, block_table has room for ", capacity);
+  }
+  cpu::assign_recent(p);
 }
 
 template <int kGroup>
@@ -98,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, m) {
   m.impl("store", TORCH_BOX(&store));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("assign_recent", TORCH_BOX(&assign_recent));
   m.impl("format_constants", TORCH_BOX(&format_constants));
 }
 

@@ -41,18 +41,30 @@ void check_aligned(const Cache& cache) {
                   cache.block_stride_bytes, " and ", cache.head_stride_bytes);
 }
 
+void check_copies(const std::optional<Tensor>& recent, const std::optional<Tensor>& unit_map,
+                  const Tensor& kv_cache) {
+  if (!recent) return;
+  check_device("recent", *recent, kv_cache);
+  check_device("unit_map", *unit_map, kv_cache);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(recent->data_ptr()) % 16 == 0,
+                  "recent must be aligned to 16 bytes");
+}
+
 cuda::DecodeShape shape_of(const AttentionParams& p, int64_t num_tokens) {
   return {p.num_reqs, num_tokens, p.num_heads, p.cache.num_kv_heads, p.cache.layout.head_dim};
 }
 
 void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping) {
-  const StoreParams p = store_params(key, value, key_frame, kv_cache, slot_mapping);
+           const Tensor& slot_mapping, std::optional<Tensor> recent,
+           std::optional<Tensor> unit_map) {
+  const StoreParams p =
+      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
   check_aligned(p.cache);
   check_device("key", key, kv_cache);
   check_device("value", value, kv_cache);
   check_device("key_frame", key_frame, kv_cache);
   check_device("slot_mapping", slot_mapping, kv_cache);
+  check_copies(recent, unit_map, kv_cache);
   const DeviceScope scope(kv_cache);
   cuda::store(p, scope.stream());
 }
@@ -60,9 +72,12 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
-                     std::optional<Tensor> scratch, std::optional<Tensor> tickets) {
-  const AttentionParams p = attention_params(query, kv_cache, block_table, seq_lens,
-                                             query_start_loc, key_frame, scale, causal, out, lse);
+                     std::optional<Tensor> scratch, std::optional<Tensor> tickets,
+                     std::optional<Tensor> recent, std::optional<Tensor> unit_map,
+                     int64_t window_units) {
+  const AttentionParams p =
+      attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
+                       causal, out, lse, recent, unit_map, window_units);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
   check_aligned(p.cache);
   STD_TORCH_CHECK(num_tokens <= out.size(0) && num_tokens <= lse.size(1), "query has ", num_tokens,
@@ -74,6 +89,7 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_device("key_frame", key_frame, kv_cache);
   check_device("out", out, kv_cache);
   check_device("lse", lse, kv_cache);
+  check_copies(recent, unit_map, kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) return;
   const DeviceScope scope(kv_cache);
   const cuda::DecodePlan plan =
@@ -130,6 +146,24 @@ void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor&
   cuda::dequantize(p, key_out.size(0), scope.stream());
 }
 
+void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                   int64_t block_size, int64_t window_units, int64_t step, Tensor unit_map,
+                   Tensor places, Tensor clock) {
+  const AssignParams p = assign_params(block_table, seq_lens, query_start_loc, block_size,
+                                       window_units, step, unit_map, places, clock);
+  for (const auto& [name, x] : {std::pair{"block_table", &block_table},
+                                {"seq_lens", &seq_lens},
+                                {"query_start_loc", &query_start_loc},
+                                {"places", &places},
+                                {"clock", &clock}}) {
+    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == unit_map.get_device_index(), name,
+                    " must be on the CUDA device of unit_map");
+  }
+  if (p.num_reqs == 0) return;
+  const DeviceScope scope(unit_map);
+  cuda::assign_recent(p, scope.stream());
+}
+
 }  // namespace
 
 // It has no tensor to dispatch on.
@@ -141,6 +175,7 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, m) {
   m.impl("store", TORCH_BOX(&store));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("assign_recent", TORCH_BOX(&assign_recent));
 }
 
 }  // namespace tq::ops

@@ -1,12 +1,39 @@
 // Operator arguments to kernel parameters, with every check that does not depend on the device.
 #pragma once
 
+#include <optional>
+
 #include "ops/check.h"
 
 namespace tq::ops {
 
+inline int check_window_units(int64_t window_units) {
+  STD_TORCH_CHECK(window_units >= 1 && window_units <= kMostWindowUnits, "window_units is ",
+                  window_units, ", expected 1 to ", kMostWindowUnits);
+  return static_cast<int>(window_units);
+}
+
+// Copies of recent tokens, if there are any.
+inline Copies copies(const std::optional<Tensor>& recent, const std::optional<Tensor>& unit_map,
+                     const Cache& cache) {
+  STD_TORCH_CHECK(recent.has_value() == unit_map.has_value(),
+                  "recent and unit_map must be given together");
+  Copies c;
+  if (!recent) return c;
+  c.num_kv_heads = cache.num_kv_heads;
+  c.unit_bytes = cache.layout.copy_offsets().size;
+  check_dtype("recent", *recent, ScalarType::Byte);
+  check_shape("recent", *recent, {kAny, cache.num_kv_heads, c.unit_bytes});
+  check_contiguous("recent", *recent);
+  c.data = static_cast<uint8_t*>(recent->data_ptr());
+  c.unit_map = int_vector("unit_map", *unit_map, cache.num_blocks * cache.block_size / kUnitTokens);
+  return c;
+}
+
 inline StoreParams store_params(const Tensor& key, const Tensor& value, const Tensor& key_frame_,
-                                const Tensor& kv_cache, const Tensor& slot_mapping) {
+                                const Tensor& kv_cache, const Tensor& slot_mapping,
+                                const std::optional<Tensor>& recent,
+                                const std::optional<Tensor>& unit_map) {
   check_shape("key", key, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key.size(1), head_dim = key.size(2);
   StoreParams p;
@@ -23,6 +50,7 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
   STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
                   "key and value have ", key.size(0), " and ", value.size(0),
                   " rows, expected at least slot_mapping's ", p.num_tokens);
+  p.copies = copies(recent, unit_map, p.cache);
   return p;
 }
 
@@ -30,7 +58,9 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
                                         const Tensor& block_table_, const Tensor& seq_lens,
                                         const Tensor& query_start_loc, const Tensor& key_frame_,
                                         double scale, bool causal, const Tensor& out,
-                                        const Tensor& lse) {
+                                        const Tensor& lse, const std::optional<Tensor>& recent,
+                                        const std::optional<Tensor>& unit_map,
+                                        int64_t window_units) {
   check_shape("query", query, {kAny, kAny, kAny});
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   AttentionParams p;
@@ -54,6 +84,35 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
                   " along tokens, expected 1");
   p.lse = static_cast<float*>(lse.data_ptr());
   p.lse_stride = lse.stride(0);
+  p.copies = copies(recent, unit_map, p.cache);
+  if (p.copies.data) p.copies.window_units = check_window_units(window_units);
+  return p;
+}
+
+inline AssignParams assign_params(const Tensor& block_table_, const Tensor& seq_lens,
+                                  const Tensor& query_start_loc, int64_t block_size,
+                                  int64_t window_units, int64_t step, const Tensor& unit_map,
+                                  const Tensor& places, const Tensor& clock) {
+  check_shape("seq_lens", seq_lens, {kAny});
+  AssignParams p;
+  p.num_reqs = static_cast<int>(seq_lens.size(0));
+  p.block_table = block_table(block_table_, p.num_reqs);
+  p.seq_lens = int_vector("seq_lens", seq_lens, p.num_reqs);
+  p.query_start_loc = int_vector("query_start_loc", query_start_loc, p.num_reqs + 1);
+  STD_TORCH_CHECK(block_size > 0 && block_size % kUnitTokens == 0, "block_size is ", block_size,
+                  ", expected a multiple of ", kUnitTokens);
+  p.units_per_block = static_cast<int>(block_size / kUnitTokens);
+  p.window_units = check_window_units(window_units);
+  p.step = static_cast<int32_t>(step);
+  p.unit_map = const_cast<int32_t*>(int_vector("unit_map", unit_map, unit_map.size(0)));
+  check_dtype("places", places, ScalarType::Int);
+  check_shape("places", places, {kAny, 2});
+  check_contiguous("places", places);
+  STD_TORCH_CHECK(places.size(0) > 0 && places.size(0) <= kMostPlaces, "places has ",
+                  places.size(0), " rows, expected 1 to ", kMostPlaces);
+  p.places = static_cast<int32_t (*)[2]>(places.data_ptr());
+  p.num_places = static_cast<int>(places.size(0));
+  p.clock = const_cast<int32_t*>(int_vector("clock", clock, 1 + p.num_places));
   return p;
 }
 

@@ -3,12 +3,17 @@
 
 STABLE_TORCH_LIBRARY(turboquant, m) {
   m.def(
-      "store(Tensor key, Tensor value, Tensor key_frame, Tensor(a!) kv_cache, Tensor slot_mapping) "
-      "-> ()");
+      "store(Tensor key, Tensor value, Tensor key_frame, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "Tensor(b!)? recent=None, Tensor? unit_map=None) -> ()");
   m.def(
       "paged_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor key_frame, float scale, bool causal, Tensor(a!) out, "
-      "Tensor(b!) lse, Tensor(c!)? scratch=None, Tensor(d!)? tickets=None) -> ()");
+      "Tensor(b!) lse, Tensor(c!)? scratch=None, Tensor(d!)? tickets=None, Tensor? recent=None, "
+      "Tensor? unit_map=None, int window_units=0) -> ()");
+  m.def(
+      "assign_recent(Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int block_size, "
+      "int window_units, int step, Tensor(a!) unit_map, Tensor(b!) places, Tensor(c!) clock) -> "
+      "()");
   m.def(
       "paged_attention_scratch_bytes(int num_reqs, int num_tokens, int num_heads, "
       "int num_kv_heads, int head_dim) -> int");
