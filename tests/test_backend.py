@@ -1,9 +1,11 @@
-"""Builder and implementation against exact attention over decoded keys, for named batches."""
+"""Builder and implementation against exact attention over what is cached, for named batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,9 +18,12 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_turboquant import plugin, reference
+from vllm_turboquant import plugin, reference, reference_recent
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import random_frame
+
+if TYPE_CHECKING:
+    from vllm_turboquant.attention import TurboQuant3Impl
 
 pytestmark = pytest.mark.vllm
 
@@ -45,13 +50,47 @@ BATCH_SPECS = {
 }
 
 
-def make_config(model: Path, exact_prefill: bool = True) -> VllmConfig:
+@dataclass(frozen=True)
+class Step:
+    """What one step gave, and what it read.
+
+    Attributes:
+        output: [num_tokens + padding, num_heads, head_dim], on the CPU.
+        requests: (query, key, value) of each request, the latter two of all its tokens.
+        impl: With its copies, if there are any.
+        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
+        block_table: [num_reqs, max_blocks] int32, on the CPU.
+    """
+
+    output: Tensor
+    requests: list[tuple[Tensor, Tensor, Tensor]]
+    impl: TurboQuant3Impl
+    kv_cache: Tensor
+    block_table: Tensor
+
+    def cached(self, req: int, num_tokens: int, *, with_copies: bool) -> tuple[Tensor, Tensor]:
+        """First keys and values of a request as they can be read: [num_tokens, ...] float64."""
+        cache, table, layout = self.kv_cache.cpu(), self.block_table[req], SlotLayout(HEAD_DIM)
+        pool = self.impl.pool
+        if pool is None or not with_copies:
+            key, value = reference.load(cache, table, num_tokens, layout)
+            return (
+                reference.decode_keys(key, KEY_FRAME, layout),
+                reference.decode_values(value, layout),
+            )
+        recent, unit_map = self.impl.recent.cpu(), pool.unit_map.cpu()
+        return reference_recent.read(
+            cache, table, num_tokens, KEY_FRAME, recent, unit_map, pool.window_units
+        )
+
+
+def make_config(model: Path, **options: bool | int) -> VllmConfig:
     plugin.register()
     return EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
         kv_cache_dtype="turboquant3",
-        additional_config={"turboquant": {"exact_prefill": exact_prefill}},
+        additional_config={"turboquant": options},
     ).create_engine_config()
 
 
@@ -61,15 +100,11 @@ def run_step(
     padding: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Store the contexts and run one step through the builder and the implementation.
-
-    Returns, on the CPU:
-        Output [num_tokens + padding, num_heads, head_dim] and per request (query, key, value), the
-        latter two of all its tokens.
-    """
+) -> Step:
+    """Run one step through the builder and the implementation, after one for each context."""
     from vllm_turboquant.attention import TurboQuant3Impl
-    from vllm_turboquant.metadata import TurboQuant3MetadataBuilder
+    from vllm_turboquant.metadata import TurboQuant3Metadata, TurboQuant3MetadataBuilder
+    from vllm_turboquant.recent import allocate_copies
 
     generator = torch.Generator().manual_seed(len(spec.query_lens) + sum(spec.query_lens))
     num_blocks_each = 6
@@ -97,6 +132,31 @@ def run_step(
         impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
     impl.set_key_frame(KEY_FRAME.to(device))
     cache, block_table = cache.to(device), block_table.to(device)
+    layer = SimpleNamespace(impl=impl, kv_cache=cache)
+    allocate_copies(config, [layer], cache_bytes=2**30)
+    config.compilation_config.static_forward_context["layer"] = layer
+    page = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
+    )
+    builder = TurboQuant3MetadataBuilder(page, ["layer"], config, torch.device(device))
+
+    def build(
+        reqs: list[int], query_lens: Tensor, seq_lens: Tensor, slot_mapping: Tensor
+    ) -> TurboQuant3Metadata:
+        query_start_loc = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
+        common = CommonAttentionMetadata(
+            query_start_loc=query_start_loc.to(device),
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=seq_lens.to(device),
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(reqs),
+            num_actual_tokens=int(query_lens.sum()),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=block_table[reqs],
+            slot_mapping=slot_mapping.to(device),
+        )
+        return builder.build(0, common)
 
     def store(key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         arguments = (key.to(device), value.to(device), cache, slot_mapping.to(device))
@@ -110,7 +170,10 @@ def run_step(
         center, sink, _ = KEY_FRAME.unbind(dim=1)
         key = key + torch.where(torch.arange(seq_len)[:, None, None] % 7 == 0, sink, center)
         key, value = key.to(dtype), value.to(dtype)
-        store(key[:context], value[:context], slots(req, 0, context))
+        if context:
+            length = torch.tensor([context], dtype=torch.int32)
+            build([req], length, length, slots(req, 0, context))
+            store(key[:context], value[:context], slots(req, 0, context))
         requests.append((query, key, value))
         queries.append(query)
         keys.append(key[context:])
@@ -121,48 +184,24 @@ def run_step(
     key = torch.cat([*keys, nothing[:, :NUM_KV_HEADS]])
     value = torch.cat([*values, nothing[:, :NUM_KV_HEADS]])
     slot_mapping = torch.cat([*mapping, torch.full((padding,), -1)])
-    store(key, value, slot_mapping)
-
     query_lens, context_lens = torch.tensor(spec.query_lens), torch.tensor(spec.context_lens)
-    query_start_loc = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
     seq_lens = (query_lens + context_lens).int()
-    common = CommonAttentionMetadata(
-        query_start_loc=query_start_loc.to(device),
-        query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens.to(device),
-        seq_lens_cpu_upper_bound=seq_lens,
-        num_reqs=num_reqs,
-        num_actual_tokens=int(query_lens.sum()),
-        max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=block_table,
-        slot_mapping=slot_mapping.to(device),
-    )
-    page = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
-    )
-    builder = TurboQuant3MetadataBuilder(page, [], config, torch.device(device))
+    metadata = build(list(range(num_reqs)), query_lens, seq_lens, slot_mapping)
+    store(key, value, slot_mapping)
     query, key, value = (x.to(device) for x in (query, key, value))
     output = torch.full_like(query, 7.0)
-    impl.forward(None, query, key, value, cache, builder.build(0, common), output)
-    return output.cpu(), requests
+    impl.forward(None, query, key, value, cache, metadata, output)
+    return Step(output.cpu(), requests, impl, cache, host_table)
 
 
-def expected(query: Tensor, key: Tensor, value: Tensor, num_exact: int) -> Tensor:
-    """Attention in float64 where all but the last ``num_exact`` tokens are read from codes."""
-    layout = SlotLayout(HEAD_DIM)
-    first_exact = key.shape[0] - num_exact
-    key_code = reference.encode_keys(key, KEY_FRAME, layout)
-    decoded_key = reference.decode_keys(key_code, KEY_FRAME, layout)
-    decoded_value = reference.decode_values(reference.encode_values(value, layout), layout)
-    decoded_key[first_exact:] = key[first_exact:]
-    decoded_value[first_exact:] = value[first_exact:]
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention in float64: [num_rows, num_heads, head_dim]."""
     rows, columns = torch.arange(query.shape[0])[:, None], torch.arange(key.shape[0])
     visible = columns <= rows + key.shape[0] - query.shape[0]
     return torch.nn.functional.scaled_dot_product_attention(
         query.double().transpose(0, 1),
-        decoded_key.transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
-        decoded_value.transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
+        key.double().transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
+        value.double().transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
         attn_mask=visible,
         scale=SCALE,
     ).transpose(0, 1)
@@ -172,39 +211,65 @@ def check_batch(
     model: Path,
     name: str,
     exact_prefill: bool,
+    recent_tokens: int,
     bound: float,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> None:
     spec = BATCH_SPECS[name]
     padding = 3 if name == "padded" else 0
-    config = make_config(model, exact_prefill)
-    output, requests = run_step(config, spec, padding, device, dtype)
+    config = make_config(model, exact_prefill=exact_prefill, recent_tokens=recent_tokens)
+    step = run_step(config, spec, padding, device, dtype)
+    assert (step.impl.pool is not None) is (recent_tokens > 0)
     start = 0
-    for query, key, value in requests:
+    for req, (query, key, value) in enumerate(step.requests):
         rows = query.shape[0]
-        num_exact = rows if exact_prefill and rows > 1 else 0
-        want = expected(query, key, value, num_exact)
-        error = (output[start : start + rows] - want).norm() / want.norm()
+        num_cached = len(key) - (rows if exact_prefill and rows > 1 else 0)
+        with_copies = rows == 1 or (exact_prefill and device == "cpu")
+        read_key, read_value = step.cached(req, num_cached, with_copies=with_copies)
+        want = attention(
+            query,
+            torch.cat([read_key, key[num_cached:].double()]),
+            torch.cat([read_value, value[num_cached:].double()]),
+        )
+        error = (step.output[start : start + rows] - want).norm() / want.norm()
         assert error < bound, f"request at row {start}: relative error {error:.2e}"
         start += rows
-    assert (output[start:] == 7.0).all(), "padding rows must stay untouched"
+    assert (step.output[start:] == 7.0).all(), "padding rows must stay untouched"
 
 
 EXACT_OR_NOT = pytest.mark.parametrize(
     "exact_prefill", [True, False], ids=["exact", "through the cache"]
 )
+COPIES_OR_NOT = pytest.mark.parametrize("recent_tokens", [0, 32], ids=["codes", "copies"])
 
 
 @EXACT_OR_NOT
+@COPIES_OR_NOT
 @pytest.mark.parametrize("name", BATCH_SPECS)
-def test_batches(tiny_llama: Path, name: str, exact_prefill: bool) -> None:
-    check_batch(tiny_llama, name, exact_prefill, bound=1e-3)
+def test_batches(tiny_llama: Path, name: str, exact_prefill: bool, recent_tokens: int) -> None:
+    check_batch(tiny_llama, name, exact_prefill, recent_tokens, bound=1e-3)
+
+
+def test_decoding_reads_copies_of_the_newest_tokens(tiny_llama: Path) -> None:
+    """Nearly exact where all tokens are recent, better than codes where some are."""
+    errors = {}
+    for recent_tokens in (0, 32, 112):
+        config = make_config(tiny_llama, recent_tokens=recent_tokens)
+        step = run_step(config, BATCH_SPECS["decode"])
+        want = torch.cat([attention(*request) for request in step.requests])
+        difference = (step.output - want).flatten(1).norm(dim=1)
+        errors[recent_tokens] = difference / want.flatten(1).norm(dim=1)
+    # Of 41, 2 and 96 tokens; the windows have 3 and 8 units.
+    assert (errors[0] > 0.1).all()
+    assert (errors[32][:2] < 0.02).all() and errors[32][2] < 0.95 * errors[0][2]
+    assert (errors[112] < 0.02).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @EXACT_OR_NOT
+@COPIES_OR_NOT
 @pytest.mark.parametrize("tile_tokens", [16384, 48])
 @pytest.mark.parametrize("name", BATCH_SPECS)
 def test_batches_on_a_gpu(
@@ -212,6 +277,7 @@ def test_batches_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     exact_prefill: bool,
+    recent_tokens: int,
     tile_tokens: int,
 ) -> None:
     from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
@@ -221,7 +287,7 @@ def test_batches_on_a_gpu(
     monkeypatch.setattr(metadata, "TILE_TOKENS", tile_tokens)
     init_workspace_manager(torch.device("cuda"))
     try:
-        check_batch(tiny_llama, name, exact_prefill, 1e-2, "cuda", torch.bfloat16)
+        check_batch(tiny_llama, name, exact_prefill, recent_tokens, 1e-2, "cuda", torch.bfloat16)
     finally:
         reset_workspace_manager()
 

@@ -257,7 +257,10 @@ def test_summary() -> None:
     ("row", "note"),
     [
         (result("naive_int8", 0.1), "simulated: keys and values went through this code"),
-        (result("turboquant3:exact_prefill=true", 0.1), "exact_prefill: .* flatters the cache"),
+        (
+            result("turboquant3:exact_prefill=true,recent_tokens=0", 0.1),
+            "exact_prefill: .* flatters the cache",
+        ),
         (result("turboquant_3bit_nc", 0.1), "computed one token a step"),
         (result("fp8", 0.1, coded_layers=26), "only 26 of 30 layers have this cache"),
         (result("fp8", 0.1, backend="FLEX"), "FLEX may attend to raw keys and values in prefill"),
@@ -270,6 +273,13 @@ def test_notes(row: Result, note: str) -> None:
     (line,) = footnotes(summaries)[1:]
     assert line.startswith("[1] ")
     assert re.search(note, line)
+
+
+def test_notes_of_copies() -> None:
+    summaries = summarize(PLAN, [result("auto"), result("turboquant3", 0.1)])
+    in_lockstep, memory = footnotes(summaries)[1:]
+    assert "computed one token a step" in in_lockstep
+    assert "beside that of the cache, at most 4% of it" in memory
 
 
 def printed(results: list[Result], *, with_errors: bool, width: int) -> str:

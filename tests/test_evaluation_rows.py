@@ -36,7 +36,17 @@ def test_a_simulated_row_has_an_auto_cache() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reads_back"),
-    {"auto": True, "fp8": True, "turboquant3": True, "turboquant_3bit_nc": False}.items(),
+    {
+        "auto": True,
+        "fp8": True,
+        "turboquant_3bit_nc": False,
+        "naive_int8": True,
+        "turboquant3": False,  # only decoding reads copies of recent tokens
+        "turboquant3:recent_tokens=64": False,
+        "turboquant3:recent_tokens=0": True,
+        "turboquant3:exact_prefill=true": True,
+        "turboquant3:recent_tokens=0,measure_keys=false": True,
+    }.items(),
 )
 def test_which_rows_can_prefill_in_chunks(name: str, reads_back: bool) -> None:
     assert parse_row(name, DTYPES).reads_back_in_prefill is reads_back
@@ -51,6 +61,7 @@ def test_which_rows_can_prefill_in_chunks(name: str, reads_back: bool) -> None:
         "turboquant3:exact_prefill": "'exact_prefill' is not option=value, e.g. exact_prefill=true",
         "turboquant3:exact=true": "exact: Extra inputs are not permitted.*exact_prefill .default",
         "turboquant3:exact_prefill=maybe": "exact_prefill: Input should be a valid boolean",
+        "turboquant3:recent_tokens=8": "recent_tokens: Input should be a multiple of 16",
     }.items(),
 )
 def test_refusals(spec: str, sentence: str) -> None:

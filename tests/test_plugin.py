@@ -212,14 +212,19 @@ def test_only_our_cache_gets_the_worker_that_measures_keys(tiny_llama: Path) -> 
         ({"recent": 3}, "recent=3: Extra inputs are not permitted"),
         ({"exact_prefill": "yes"}, "exact_prefill='yes': Input should be a valid boolean"),
         (["exact_prefill"], '"turboquant" must be an object'),
+        ({"recent_tokens": 24}, "recent_tokens=24: Input should be a multiple of 16"),
+        ({"recent_tokens": 128}, "recent_tokens=128: Input should be less than or equal to 112"),
+        ({"recent_tokens": -16}, "recent_tokens=-16: Input should be greater than or equal to 0"),
+        ({"recent_tokens": True}, "recent_tokens=True: Input should be a valid integer"),
     ],
-    ids=["unknown name", "wrong type", "not an object"],
+    ids=["unknown name", "wrong type", "not an object", "odd", "too many", "negative", "no number"],
 )
 def test_wrong_options_are_refused(tiny_llama: Path, given: Any, reason: str) -> None:
     with pytest.raises(OptionsError) as error:
         engine_config(tiny_llama, additional_config={"turboquant": given})
     assert reason in str(error.value)
     assert "accepted: exact_prefill (bool, default True)" in str(error.value)
+    assert "; recent_tokens (int, default 32): " in str(error.value)
     assert "\n" not in str(error.value)
 
 

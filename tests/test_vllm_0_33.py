@@ -1,8 +1,8 @@
 """Registration, selection and the backend under the Python code of vLLM 0.33.
 
 There is no CPU build of 0.33, so ``scripts/setup_env.py vllm-0.33`` lays its Python files in a
-folder of their own, with the native libraries of the installed 0.32; this file runs two test files
-there.
+folder of their own, with the native libraries of the installed 0.32; this file runs three test
+files there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_0_33 = ROOT / "build" / "vllm-0.33"
+NAMES = ("plugin", "backend", "recent_pool")
 
 
 @pytest.mark.skipif(not VLLM_0_33.exists(), reason="run: make build/vllm-0.33")
@@ -32,7 +33,7 @@ def test_the_plugin_under_vllm_0_33() -> None:
     )
     assert f"version 0.33.0 {VLLM_0_33}" in version.stdout
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_plugin.py", "tests/test_backend.py"],
+        [sys.executable, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in NAMES)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,20 +1,22 @@
-"""The attention implementation: compress on write, attend to codes."""
+"""The attention implementation: compress on write, attend to codes and recent copies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_turboquant import ops
+from vllm_turboquant import CACHE_DTYPE, ops
 from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.frame import CENTER, plain_frame, relative_frame
 from vllm_turboquant.fresh import FreshRequests, flash_attention_version, fresh_attention
 from vllm_turboquant.metadata import PagedRequests, PrefillRequests, TurboQuant3Metadata
+from vllm_turboquant.recent import RecentPool
 from vllm_turboquant.scratch import Scratch
 from vllm_turboquant.tiles import Tile, attend_tile, merge_into, reconstruct
 
@@ -31,6 +33,9 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         relative_frame: The same for keys less their center.
         observe: Set while frames are measured: receives queries [num_tokens, num_heads, head_dim]
             and keys [num_tokens, num_kv_heads, head_dim] of one sequence, in a run without a cache.
+        recent: [num_places, num_kv_heads, unit_bytes] uint8, 8-bit copies of recent tokens; None
+            where there are none.
+        pool: Says which tokens have a copy; None without ``recent``, and before there is a cache.
 
     Raises:
         UnsupportedError: The layer needs something that is not supported; one line names it.
@@ -69,6 +74,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         # center: small numbers lose least in the model's dtype.
         self.relative_frame = relative_frame(self.key_frame)
         self.observe: Callable[[Tensor, Tensor], None] | None = None
+        self.recent: Tensor | None = None
+        self.pool: RecentPool | None = None
         self.scratch: Scratch | None = None
         if self.key_frame.is_cuda:
             flash_attention_version(head_size)
@@ -94,7 +101,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Compress this step's keys and values into their slots.
+        """Compress this step's keys and values into their slots, and copy the newest.
 
         Args:
             layer: Not used.
@@ -103,7 +110,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
             slot_mapping: [num_tokens] int64, -1 for padding.
         """
-        ops.store(key, value, self.key_frame, kv_cache, slot_mapping)
+        copies = (self.recent, self.pool.unit_map) if self.pool else ()
+        ops.store(key, value, self.key_frame, kv_cache, slot_mapping, *copies)
 
     def forward(
         self,
@@ -138,8 +146,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             return self._forward_without_cache(query, key, value, output)
         rows = attn_metadata.num_decode_tokens
         if attn_metadata.decode is not None:
-            self._attend_codes(
-                query[:rows], kv_cache, attn_metadata.decode, output[:rows], causal=True
+            self._attend_cache(
+                query[:rows], kv_cache, attn_metadata.decode, output[:rows], self.pool, causal=True
             )
         prefill = attn_metadata.prefill
         if prefill is not None:
@@ -170,14 +178,17 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         output: Tensor,
     ) -> None:
         """Attend to the tokens of this step, then to earlier ones, and merge."""
+        if prefill.cached:
+            self._attend_cache(query, kv_cache, prefill.cached, output, None, causal=True)
+            return
         fresh_tile = prefill.fresh_tile
         if fresh_tile:
             key, value = self._reconstruct(kv_cache, fresh_tile)
         lse = fresh_attention(query, key, value, prefill.fresh, self.scale, output)
         if prefill.context:
             earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-            earlier_lse = self._attend_codes(
-                query, kv_cache, prefill.context, earlier, causal=False
+            earlier_lse = self._attend_cache(
+                query, kv_cache, prefill.context, earlier, self.pool, causal=False
             )
             merge_into(output, lse, slice(len(query)), earlier, earlier_lse)
         if prefill.context_tiles and not fresh_tile:
@@ -198,16 +209,20 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         )
         return self.scale * (query * center).sum(dim=-1).T
 
-    def _attend_codes(
+    def _attend_cache(
         self,
         query: Tensor,
         kv_cache: Tensor,
         requests: PagedRequests,
         output: Tensor,
+        pool: RecentPool | None,
         *,
         causal: bool,
     ) -> Tensor:
-        """Attend to cached tokens; fill ``output`` and return lse [num_heads, num_tokens]."""
+        """Attend to cached tokens; fill ``output`` and return lse [num_heads, num_tokens].
+
+        The last units of every request are read from copies where ``pool`` has them.
+        """
         lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         ops.paged_attention(
             query,
@@ -222,5 +237,20 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             lse,
             self.scratch.decode() if self.scratch else None,
             self.scratch.tickets if self.scratch else None,
+            *((self.recent, pool.unit_map, pool.window_units) if pool else ()),
         )
         return lse
+
+
+def coded_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    """The model's attention layers that have this cache, by name."""
+    return {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
+        if layer.kv_cache_dtype == CACHE_DTYPE
+    }
+
+
+def implementation(layer: Attention) -> TurboQuant3Impl:
+    """What a layer of ``coded_layers`` runs."""
+    return cast(TurboQuant3Impl, layer.impl)

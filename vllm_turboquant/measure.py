@@ -17,17 +17,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_turboquant import CACHE_DTYPE
-from vllm_turboquant.attention import TurboQuant3Impl
+from vllm_turboquant.attention import coded_layers, implementation
 from vllm_turboquant.frame import make_frame, plain_frame
 from vllm_turboquant.options import read_options
 
@@ -120,13 +120,9 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
         model: All its weights loaded and processed.
         vllm_config: The engine's configuration.
     """
-    layers = {
-        name: layer
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
-        if layer.kv_cache_dtype == CACHE_DTYPE
-    }
+    layers = coded_layers(vllm_config)
     for layer in layers.values():
-        for buffer, tensor in _impl(layer).buffers().items():
+        for buffer, tensor in implementation(layer).buffers().items():
             layer.register_buffer(f"{CACHE_DTYPE}_{buffer}", tensor, persistent=False)
     if not layers or not read_options(vllm_config).measure_keys:
         return
@@ -139,7 +135,7 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
             how = f"{_num_tokens(vllm_config)} random tokens"
             moments = _measured_moments(model, layers, vllm_config)
         for name, measured in moments.items():
-            _impl(layers[name]).set_key_frame(measured.frame)
+            implementation(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
     logger.info_once(
         "%s keys are centered by the mean over %s: up to %.1f %% of a key's length (%s); "
@@ -150,10 +146,6 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
         where,
         time.perf_counter() - start,
     )
-
-
-def _impl(layer: Attention) -> TurboQuant3Impl:
-    return cast(TurboQuant3Impl, layer.impl)
 
 
 def _num_tokens(vllm_config: VllmConfig) -> int:
@@ -194,12 +186,12 @@ def _observed_moments(layers: Mapping[str, Attention]) -> Iterator[dict[str, Key
         moments[name] = KeyMoments.of(query, key)
 
     for name, layer in layers.items():
-        _impl(layer).observe = partial(observe, name)
+        implementation(layer).observe = partial(observe, name)
     try:
         yield moments
     finally:
         for layer in layers.values():
-            _impl(layer).observe = None
+            implementation(layer).observe = None
 
 
 def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str, KeyMoments]:
@@ -209,7 +201,7 @@ def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str
     }
     moments = {}
     for name, layer in layers.items():
-        impl, parent = _impl(layer), parents[layer]
+        impl, parent = implementation(layer), parents[layer]
         bias = getattr(getattr(parent, "qkv_proj", None), "bias", None)
         positions = torch.arange(NUM_SKIPPED, NUM_TOKENS, device=impl.key_frame.device)
         shape = (len(positions), impl.num_kv_heads, impl.head_size)

@@ -1,4 +1,4 @@
-"""Per-step attention metadata: which query rows read codes and which attend to fresh tokens."""
+"""Per-step attention metadata: which query rows read the cache, and which fresh tokens."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.fresh import FreshRequests
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.options import read_options
+from vllm_turboquant.recent import group_pool
 from vllm_turboquant.tiles import TILE_TOKENS, Piece, Tile, make_tile, plan_tiles
 
 if TYPE_CHECKING:
@@ -57,14 +58,17 @@ class PrefillRequests:
         fresh: Their tokens of this step.
         fresh_tile: The same tokens in the cache, where they are to be read back from codes; None
             where they attend to each other exactly.
-        context: Their earlier tokens, read from codes on CPUs; None if there are none.
-        context_tiles: The same, reconstructed on GPUs.
+        context: Their earlier tokens, read from codes and copies on CPUs; None if there are none.
+        context_tiles: The same, reconstructed from codes on GPUs.
+        cached: All their tokens, where CPUs are to read everything from codes; None where they
+            attend to each other exactly. There is no ``context`` then.
     """
 
     fresh: FreshRequests
     fresh_tile: Tile | None = None
     context: PagedRequests | None = None
     context_tiles: tuple[Tile, ...] = ()
+    cached: PagedRequests | None = None
 
 
 @dataclass
@@ -74,10 +78,11 @@ class TurboQuant3Metadata(AttentionMetadata):
         rows    |d0|d1|d2|p0 p0 p0 p0|p1 p1 p1|padding
                  decode   prefill
 
-    A decode row reads every token, its own included, from codes. A prefill row reads the tokens
-    computed in earlier steps (its context) from codes and those of this step from the model's own
-    keys and values; the two results are merged by log-sum-exp. Without ``exact_prefill``, all rows
-    read everything from codes.
+    A decode row reads every token, its own included, from the cache: from codes or, in its window,
+    from 8-bit copies. A prefill row reads the tokens computed in earlier steps (its context) from
+    the cache and those of this step from the model's own keys and values; the two results are
+    merged by log-sum-exp. Without ``exact_prefill``, a prefill row reads everything from codes:
+    copies are those of its request's window, which ends at the last row.
 
     Attributes:
         num_decode_tokens: Rows of the decode requests.
@@ -106,6 +111,8 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.options = read_options(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = [layers[name] for name in layer_names]
         _log_start(vllm_config, kv_cache_spec.head_size)
 
     def build(
@@ -114,16 +121,22 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TurboQuant3Metadata:
-        """Split the batch; see ``TurboQuant3Metadata``."""
+        """Split the batch, see ``TurboQuant3Metadata``, and assign places for copies.
+
+        vLLM builds once a step, before any of its tokens is stored and outside of graphs. Requests
+        of its dummy batches own nothing but the null block, which no other one reads.
+        """
         batch = common_attn_metadata
-        if self.device.type == "cpu" and not self.options.exact_prefill:
-            # CPU kernels read codes for any number of rows.
-            num_decodes, num_prefills = batch.num_reqs, 0
-            num_decode_tokens = batch.num_actual_tokens
-        else:
-            num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-                batch, decode_threshold=self.reorder_batch_threshold
+        pool = group_pool(self.layers, self.options.window_units)
+        if pool:
+            pool.assign(
+                batch.block_table_tensor[: batch.num_reqs],
+                batch.seq_lens[: batch.num_reqs],
+                batch.query_start_loc[: batch.num_reqs + 1],
             )
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            batch, decode_threshold=self.reorder_batch_threshold
+        )
         decode = prefill = None
         if num_decodes:
             decode = PagedRequests(
@@ -143,6 +156,11 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
             [(first - starts[0], last - starts[0]) for first, last in pairwise(starts)],
             query_start_loc,
         )
+        block_table = batch.block_table_tensor[first_req : batch.num_reqs]
+        if self.device.type == "cpu" and not self.options.exact_prefill:
+            lengths = batch.seq_lens[first_req : batch.num_reqs]
+            cached = PagedRequests(query_start_loc, lengths, block_table)
+            return PrefillRequests(fresh, cached=cached)
         # On the host, so that the device need not be waited for; exact for prefill requests.
         seq_lens = batch.seq_lens_cpu_upper_bound
         if seq_lens is None:
@@ -154,7 +172,6 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
                 seq_lens[first_req : batch.num_reqs].tolist(), query_lens, strict=True
             )
         ]
-        block_table = batch.block_table_tensor[first_req : batch.num_reqs]
         if self.device.type == "cpu":
             context = None
             if any(context_lens):

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_turboquant.errors import OptionsError
+from vllm_turboquant.layout import UNIT_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "turboquant"
+#: What copies of recent tokens take at most, of the memory of the KV cache.
+MAX_COPIES_SHARE = 0.04
 
 
 class Options(BaseModel):
@@ -32,6 +35,23 @@ class Options(BaseModel):
         description="true: at load, measure what the keys of a head have in common and leave it "
         "out of their codes; false: code keys as they come",
     )
+    recent_tokens: int = Field(
+        32,
+        ge=0,
+        le=112,
+        multiple_of=UNIT_TOKENS,
+        description="how many of a request's newest tokens decoding reads from 8-bit copies "
+        "instead of codes, at least, where there is memory for them: a multiple of 16 up to 112, "
+        "0 for none; prefill with exact_prefill off reads codes only",
+    )
+
+    @property
+    def window_units(self) -> int:
+        """Units of 16 tokens that have the newest ``recent_tokens`` among them.
+
+        One more than they fill: the newest unit may have but one token.
+        """
+        return self.recent_tokens // UNIT_TOKENS + 1
 
 
 def read_options(vllm_config: VllmConfig) -> Options:

@@ -43,11 +43,10 @@ from vllm_turboquant.reference import (
     _split,
     decode_keys,
     decode_values,
-    hadamard,
     load,
     tree_sum,
 )
-from vllm_turboquant.rotation import ROTATION
+from vllm_turboquant.rotation import ROTATION, hadamard
 
 LARGEST = 127.0
 EVERY_TOKEN = (1 << UNIT_TOKENS) - 1
@@ -174,7 +173,8 @@ def quantize(x: Tensor, signs: Tensor, layout: SlotLayout) -> tuple[Tensor, Tens
     """
     y = hadamard(signs * x)
     largest = y.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(largest == 0, 0.0, LARGEST / largest)
+    # NOTE: a Python number divided by a tensor would be its reciprocal's multiple, rounded twice.
+    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, LARGEST) / largest)
     code = (y * inverse).round().nan_to_num(nan=0.0).clamp(-LARGEST, LARGEST)
     return code.to(torch.int8), (largest / (LARGEST * _root(layout))).half()[..., 0]
 

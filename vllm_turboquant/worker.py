@@ -1,12 +1,19 @@
-"""vLLM's worker for this machine, measuring keys at load; see ``parallel_config.worker_cls``."""
+"""vLLM's worker for this machine, with what follows a load; see ``parallel_config.worker_cls``."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import psutil
+import torch
 from vllm.platforms import current_platform
+from vllm.utils.mem_utils import MemorySnapshot
 
+from vllm_turboquant.attention import coded_layers
 from vllm_turboquant.measure import measure_keys
+from vllm_turboquant.options import MAX_COPIES_SHARE
+from vllm_turboquant.recent import allocate_copies
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -15,9 +22,31 @@ else:
 
 
 class MeasuringWorker(PlatformWorker):
-    """Measures key frames as soon as the model is there."""
+    """Measures key frames and allocates copies of recent tokens as soon as the model is there."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the model as vLLM does, then see ``measure.measure_keys``."""
+        """Load the model as vLLM does; see ``measure_keys`` and ``allocate_copies``."""
         super().load_model(**kwargs)
         measure_keys(self.model_runner.get_model(), self.vllm_config)
+        # Sleep mode discards copies with the cache, and ``unit_map``, which lies elsewhere, still
+        # says that there are some. They are not read: vLLM forgets all blocks when it discards
+        # them, and a token that is written anew takes the place of its copy, too.
+        with self._maybe_get_memory_pool_context(tag="kv_cache"):
+            layers = coded_layers(self.vllm_config).values()
+            allocate_copies(self.vllm_config, layers, self._cache_bytes())
+
+    def _cache_bytes(self) -> int:
+        """Memory that the KV cache will get beside copies, by all that is known before vLLM
+        measures what a forward pass takes."""
+        given = self.cache_config.kv_cache_memory_bytes
+        if given:
+            return given  # all of it: copies come on top
+        if current_platform.is_cpu():
+            left = self.requested_cpu_memory - psutil.Process().memory_info().rss
+        else:
+            gc.collect()
+            torch.accelerator.empty_cache()
+            now = MemorySnapshot(device=self.device)
+            taken = self.init_snapshot.free_memory - now.free_memory
+            left = self.requested_memory - taken
+        return int(left / (1 + MAX_COPIES_SHARE))

@@ -52,18 +52,24 @@ inline Words splat(uint32_t x) {
   TQ_EACH_PART r.part[i] = x + WordPart{};
   return r;
 }
+// NOTE: part by part, because GCC copies larger structs in smaller pieces through the stack, where
+// the load that follows has to wait for them.
 inline Lanes load(const float* x) {
   Lanes r;
-  std::memcpy(&r, x, sizeof r);
+  TQ_EACH_PART std::memcpy(&r.part[i], x + i * (kPartBytes / 4), kPartBytes);
   return r;
 }
 inline Words load(const uint32_t* x) {
   Words r;
-  std::memcpy(&r, x, sizeof r);
+  TQ_EACH_PART std::memcpy(&r.part[i], x + i * (kPartBytes / 4), kPartBytes);
   return r;
 }
-inline void store(float* x, const Lanes& a) { std::memcpy(x, &a, sizeof a); }
-inline void store(uint32_t* x, const Words& a) { std::memcpy(x, &a, sizeof a); }
+inline void store(float* x, const Lanes& a) {
+  TQ_EACH_PART std::memcpy(x + i * (kPartBytes / 4), &a.part[i], kPartBytes);
+}
+inline void store(uint32_t* x, const Words& a) {
+  TQ_EACH_PART std::memcpy(x + i * (kPartBytes / 4), &a.part[i], kPartBytes);
+}
 
 inline Lanes operator+(Lanes a, const Lanes& b) {
   TQ_EACH_PART a.part[i] += b.part[i];
@@ -120,12 +126,12 @@ inline Words operator>=(const Lanes& a, const Lanes& b) {
 
 inline Words as_words(const Lanes& a) {
   Words r;
-  std::memcpy(&r, &a, sizeof r);
+  TQ_EACH_PART r.part[i] = (WordPart)a.part[i];
   return r;
 }
 inline Lanes as_lanes(const Words& a) {
   Lanes r;
-  std::memcpy(&r, &a, sizeof r);
+  TQ_EACH_PART r.part[i] = (FloatPart)a.part[i];
   return r;
 }
 inline Lanes where(const Words& mask, const Lanes& a, const Lanes& b) {

@@ -142,7 +142,7 @@ void encode_copy(const SignDiagonal& signs, const Lanes* x, GroupCopy* copy) {
     magnitude = max(magnitude, as_words(y[j]) & splat(0x7fffffffu));
   }
   const Lanes largest = as_lanes(magnitude), zero = splat(0.0f);
-  const Lanes inverse = where(zero >= largest, zero, splat(1.0f) / largest * splat(kLargest));
+  const Lanes inverse = where(zero >= largest, zero, splat(kLargest) / largest);
   for (int w = 0; w < kGroup / 4; ++w) copy->code[w] = splat(0u);
   for (int j = 0; j < kGroup; ++j) {
     Lanes code = y[j] * inverse;

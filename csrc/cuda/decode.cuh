@@ -73,18 +73,30 @@ struct Sight {
   }
 };
 
-// Look up the units of a request's window with one warp.
+// Look up the units of a request's window with one warp, and start reading their copies if this CTA
+// will.
 template <typename Traits>
-__device__ inline void find_window(const AttentionParams& a, int req, int32_t* mapped) {
-  const int i = threadIdx.x & 31, seq_len = a.seq_lens[req];
-  if (i >= Traits::kWindowUnits) return;
-  const int unit = first_window_unit(seq_len, a.copies.window_units) + i;
+__device__ inline void find_window(const AttentionParams& a, int req, int kv_head,
+                                   bool reads_copies, int32_t* mapped) {
+  constexpr int kLineBytes = 128;
+  const int lane = threadIdx.x & 31, seq_len = a.seq_lens[req];
+  const int unit = first_window_unit(seq_len, a.copies.window_units) + lane;
   const int units_per_block = a.cache.block_size / Traits::kUnitTokens;
-  mapped[i] = 0;
-  if (i < a.copies.window_units && unit * Traits::kUnitTokens < seq_len) {
+  int32_t mine = 0;
+  if (lane < a.copies.window_units && unit * Traits::kUnitTokens < seq_len) {
     const int64_t block =
         a.block_table.data[req * a.block_table.req_stride + unit / units_per_block];
-    mapped[i] = a.copies.unit_map[block * units_per_block + unit % units_per_block];
+    mine = a.copies.unit_map[block * units_per_block + unit % units_per_block];
+  }
+  if (lane < Traits::kWindowUnits) mapped[lane] = mine;
+  if (!reads_copies) return;
+  for (int i = 0; i < a.copies.window_units; ++i) {
+    const int32_t other = __shfl_sync(kAllLanes, mine, i);
+    if ((other & 0xffff) == 0) continue;
+    const uint8_t* copies = a.copies.unit(other, kv_head);
+    for (int at = lane * kLineBytes; at < a.copies.unit_bytes; at += 32 * kLineBytes) {
+      prefetch_l2(copies + at);
+    }
   }
 }
 
@@ -134,6 +146,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   const AttentionParams& a = p.attention;
   const int warp = threadIdx.x / 32;
   const Sight<Traits> sight(a, rows, req, shared->window);
+  const bool reads_copies = a.copies.data && end * Traits::kBatchTokens >= sight.seq_len;
 
   // 1. Start reading, then prepare the queries while the bytes are on their way.
   prepare_stream<Traits>(a, &shared->stream);
@@ -143,7 +156,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
 #pragma unroll
   for (int n = 0; n < Traits::kEarlyStages; ++n) stream.fetch(n, n);
   if (warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window) {
-    find_window<Traits>(a, req, shared->window);
+    find_window<Traits>(a, req, rows.kv_head, reads_copies, shared->window);
   }
   for (int i = warp; i < Traits::kRows * Traits::kNumGroups; i += Traits::kWarps) {
     prepare_query<Traits>(p, rows, i / Traits::kNumGroups, i % Traits::kNumGroups, &shared->query);
@@ -157,7 +170,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   // 2. Stream over the tokens.
   const uint2 tables = shared->stream.tables[threadIdx.x & 1];
   DecodeState<Traits> state;
-  if (end * Traits::kBatchTokens >= sight.seq_len && a.copies.data) {
+  if (reads_copies) {
     attend_copies<Traits>(a, rows.kv_head, query, factors, sight, state);
   }
   const int num_batches = stream.num_batches();

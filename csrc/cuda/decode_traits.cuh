@@ -70,8 +70,8 @@ struct DecodeTraits {
     float max[kWarps][kRows];
     float sum[kWarps][kRows];
   };
-  // Splits of a row are shared by some warps; four rows are merged at a time.
-  static constexpr int kWarpsPerRow = kWarps / 4;
+  // Splits of a row are shared by some warps.
+  static constexpr int kWarpsPerRow = kWarps < kRows ? 1 : kWarps / kRows;
   struct Combine {
     float out[kWarps][kHeadDim];
     float sum[kWarps];
@@ -101,7 +101,6 @@ struct DecodeTraits {
 
   static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");
   static_assert(kUnitBytes % 16 == 0, "a unit is copied in 16-byte pieces");
-  static_assert(kWarps % 4 == 0, "every row is merged by as many warps");
   static_assert(32 % kBatchUnits == 0, "lanes find the blocks of whole batches");
 };
 

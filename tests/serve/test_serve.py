@@ -110,6 +110,18 @@ def test_the_log_states_the_format_once(turboquant_server: Server) -> None:
     )
 
 
+def test_the_log_states_what_copies_take_once(turboquant_server: Server) -> None:
+    assert turboquant_server.log is not None
+    found = re.findall(
+        r"newest 32 or more tokens of 16 requests at a time \(of at most 16\), (\d+) tokens in "
+        r"all; [\d.]+ MiB, ([\d.]+) % of the memory",
+        turboquant_server.log.read_text(),
+    )
+    assert len(found) == 1
+    assert 16 * 3 * 16 <= int(found[0][0]) <= 16 * 4 * 16  # a window each, and at most a unit more
+    assert 3 < float(found[0][1]) <= 4
+
+
 def test_the_engine_centers_keys_when_it_starts(turboquant_server: Server) -> None:
     """Keys of this model have a large constant part; the log says how much, once."""
     assert turboquant_server.log is not None
@@ -145,10 +157,10 @@ def test_auto_is_byte_identical_with_and_without_the_plugin(
 
 
 def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
-    """With exact_prefill off a prefix hit changes nothing; preempted requests still finish."""
+    """Through codes alone, a prefix hit changes nothing; preempted requests still finish."""
     with run_server(
         "turboquant3",
-        '--additional-config={"turboquant": {"exact_prefill": false}}',
+        '--additional-config={"turboquant": {"exact_prefill": false, "recent_tokens": 0}}',
         "--num-gpu-blocks-override=12",
         "--max-model-len=1024",
     ) as server:

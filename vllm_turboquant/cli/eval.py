@@ -97,7 +97,7 @@ def evaluate(
         typer.Option(
             "--one-token-steps",
             help="Compute every prompt token by token, as decoding does, with every cache (slow). "
-            "Otherwise only where attention would not read the cache in prefill.",
+            "Otherwise only where prefill would not read what decoding reads.",
         ),
     ] = False,
     again: Annotated[

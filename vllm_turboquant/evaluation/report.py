@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vllm_turboquant.estimate import Estimate
 from vllm_turboquant.evaluation.plan import Plan, Result, WindowScore
+from vllm_turboquant.options import MAX_COPIES_SHARE
 
 #: Backends whose prefill is known to read the paged cache and nothing else (``rows``).
 READING_BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TURBOQUANT3"}
@@ -177,6 +178,11 @@ def notes(plan: Plan, result: Result) -> list[str]:
         found.append(
             "exact_prefill: text and needle prompts were attended to exactly, which flatters the "
             "cache; leave the option out to measure it"
+        )
+    if row.has_copies:
+        found.append(
+            "8-bit copies of recent tokens take memory beside that of the cache, at most "
+            f"{MAX_COPIES_SHARE:.0%} of it, which the tokens that fit do not count"
         )
     if engine and not row.fake_quantize and engine.num_coded_layers < engine.num_layers:
         found.append(

@@ -13,7 +13,11 @@ from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.options import Options
 
 REFERENCE = "auto"
-DEFAULT_ROWS = (REFERENCE, "fp8", "turboquant_3bit_nc", CACHE_DTYPE, "naive_int8", "naive_int4")
+WITHOUT_COPIES = f"{CACHE_DTYPE}:recent_tokens=0"
+DEFAULT_ROWS = (
+    *(REFERENCE, "fp8", "turboquant_3bit_nc", CACHE_DTYPE, WITHOUT_COPIES),
+    *("naive_int8", "naive_int4"),
+)
 
 #: Codes that are no cache dtype: the function that replaces keys and values by their coded selves.
 FAKE_QUANTIZERS = {
@@ -21,15 +25,14 @@ FAKE_QUANTIZERS = {
     "naive_int4": "vllm_turboquant.evaluation.naive:int4",
 }
 
-#: Cache dtypes whose attention reads every key and value from the cache even in prefill: CPU_ATTN,
-#: FLASH_ATTN, FLASHINFER and TRITON_ATTN pass nothing but the paged cache to their kernels, and
-#: turboquant3 does the same with exact_prefill off. All others, vLLM's turboquant_* among them,
-#: which attends to raw keys and values in prefill, are run one token a step: a decode step always
-#: reads the cache.
+#: Cache dtypes whose attention reads every key and value from the cache even in prefill, as it does
+#: in decoding: CPU_ATTN, FLASH_ATTN, FLASHINFER and TRITON_ATTN pass nothing but the paged cache to
+#: their kernels. All others, vLLM's turboquant_* among them, which attends to raw keys and values
+#: in prefill, are run one token a step: a decode step always reads the cache. turboquant3 does one
+#: or the other, see ``Row.reads_back_in_prefill``.
 READ_BACK_IN_PREFILL = {
     *("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     *("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"),
-    CACHE_DTYPE,
 }
 
 
@@ -68,8 +71,19 @@ class Row(BaseModel):
 
     @property
     def reads_back_in_prefill(self) -> bool:
-        """Whether prefill can be asked to read every key and value from the cache."""
+        """Whether prefill can be asked to read every key and value as decoding does.
+
+        With exact_prefill off, turboquant3 reads codes in prefill, but no copies of recent tokens.
+        Who turns it on wants to see prefill as it is served.
+        """
+        if self.cache_dtype == CACHE_DTYPE:
+            return self.is_flattering or not self.has_copies
         return self.cache_dtype in READ_BACK_IN_PREFILL
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether decoding reads 8-bit copies of recent tokens."""
+        return self.cache_dtype == CACHE_DTYPE and Options(**self.options).recent_tokens > 0
 
     @property
     def is_flattering(self) -> bool:
