@@ -12,8 +12,9 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ CHUNK_TOKENS = 2048
 NEEDLE_PROMPT_TOKENS = 16384
 WEIGHT_BYTES_OF_1B = 2 * 10**9  # smaller models lose the needle without any compression
 NUM_REQUESTS = 64
+NUM_TOKENS = 64
+NUM_COMPARED_TOKENS = 16  # later, an answer can hang on how a single key was coded
+NUM_TOP = 20
+BLOCK_TOKENS = 16  # vLLM's default on GPUs
+NUM_FIRM_PROMPTS = 2
+#: How far the rounding of another batch can move one token's lead over another: logits from 16 to
+#: 32 are 1 / 8 apart in bfloat16.
+CLOSE_NATS = 0.5
+#: The same where codes are read: keys that differ in their last bits have other codes, whose errors
+#: are as large as ever, but not the same. Small models feel it most.
+CLOSE_NATS_AFTER_CODES = 4.0
 
 EASY = {
     "The capital of France is": "Paris",
@@ -85,6 +97,67 @@ def write_plugin_metadata(folder: Path) -> None:
     (metadata / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nturboquant = vllm_turboquant.plugin:register\n"
     )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy continuation.
+
+    Attributes:
+        text: As it reads.
+        tokens: [num_tokens], as they read.
+        top: [num_tokens], log-probabilities of the NUM_TOP most likely tokens there.
+        prompt_tokens: Length of the prompt; whole blocks before its last token can be a prefix hit.
+    """
+
+    text: str
+    tokens: Sequence[str]
+    top: Sequence[Mapping[str, float]]
+    prompt_tokens: int
+
+    def lead(self, position: int, token: str | None = None) -> float:
+        """Nats by which the token at ``position`` leads ``token``, or else the next best."""
+        mine, top = self.tokens[position], self.top[position]
+        others = {other: nats for other, nats in top.items() if other != mine}
+        return top[mine] - (others[token] if token else max(others.values()))
+
+    def close(self, position: int) -> float:
+        """Leads of fewer nats than this can be lost to the rounding of another batch."""
+        reads_codes = position > 0 or self.prompt_tokens > BLOCK_TOKENS
+        return CLOSE_NATS_AFTER_CODES if reads_codes else CLOSE_NATS
+
+    def is_firm(self, right: str) -> bool:
+        """Whether it starts with ``right``, and would if rounded differently."""
+        for position in range(len(self.tokens)):
+            if self.lead(position) < self.close(position):
+                return False
+            if "".join(self.tokens[: position + 1]).lstrip().startswith(right):
+                return True
+        return False
+
+    def parts_where_close(self, other: Answer) -> bool:
+        """Whether the first of the compared tokens that ``other`` has otherwise is close."""
+        pairs = zip(self.tokens[:NUM_COMPARED_TOKENS], other.tokens, strict=False)
+        for position, (mine, its) in enumerate(pairs):
+            if mine != its:
+                candidates = self.top[position]
+                return its in candidates and self.lead(position, its) < self.close(position)
+        return True
+
+
+def ask(server: Server, prompt: str) -> Answer:
+    response = client(server).completions.create(
+        model=server.name,
+        prompt=prompt,
+        max_tokens=NUM_TOKENS,
+        temperature=0,
+        logprobs=NUM_TOP,
+    )
+    (choice,), usage = response.choices, response.usage
+    assert usage and choice.logprobs
+    tokens, top = choice.logprobs.tokens, choice.logprobs.top_logprobs
+    assert tokens and top
+    return Answer(choice.text, tokens, top, usage.prompt_tokens)
 
 
 @pytest.fixture(
@@ -169,15 +242,19 @@ def test_code_is_written_when_asked_for(server: Server) -> None:
     assert "def " in answer and "return" in answer
 
 
-def test_concurrent_requests_are_all_answered_rightly(server: Server) -> None:
+def test_concurrent_requests_are_answered_as_one_alone(server: Server) -> None:
+    """Other batches round differently, so answers may part, but only where tokens are close."""
     prompts = (list(EASY) * NUM_REQUESTS)[:NUM_REQUESTS]
+    for prompt in EASY:
+        ask(server, prompt)  # from now on its whole blocks are a prefix hit
+    alone = {prompt: ask(server, prompt) for prompt in EASY}
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        answers = list(pool.map(lambda prompt: complete(server, prompt, max_tokens=64), prompts))
-    for prompt, right in EASY.items():
-        copies = [a.strip() for p, a in zip(prompts, answers, strict=True) if p == prompt]
-        assert all(copy.startswith(right) for copy in copies)
-        # Other batches round differently, but not enough to show within the first words.
-        assert len({tuple(copy.split()[:3]) for copy in copies}) == 1
+        answers = list(pool.map(lambda prompt: ask(server, prompt), prompts))
+    firm = [prompt for prompt, right in EASY.items() if alone[prompt].is_firm(right)]
+    assert len(firm) >= NUM_FIRM_PROMPTS
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert alone[prompt].parts_where_close(answer), (alone[prompt].text, answer.text)
+        assert prompt not in firm or answer.text.lstrip().startswith(EASY[prompt])
 
 
 def test_a_long_prompt_in_chunks_and_its_prefix_hit(server: Server) -> None:
