@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Write a Llama-3.1-8B without weights, for benchmarks: `vllm serve FOLDER --load-format dummy`.
+"""Write a model of Llama-3.1-8B's shape, for benchmarks: `vllm serve FOLDER --load-format dummy`.
 
     dummy_model.py models/llama-3.1-8b-dummy --tokenizer models/qwen2.5-coder-1.5b-instruct
 
 vLLM makes the weights up, so what the model says means nothing, but it takes the time and memory of
 one of that shape. The tokenizer is that of another model; where it has more tokens than the shape,
 the vocabulary is as large as it needs, which adds to the embeddings and the last layer alone.
+--weights writes random weights too, for engines that shall agree on them: what vLLM makes up
+depends on how many GPUs share the model.
 """
 
 from __future__ import annotations
@@ -66,6 +68,19 @@ def write_model(folder: Path, tokenizer: Path, layers: int | None = None) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def write_weights(folder: Path) -> None:
+    """Write random weights, the same on all devices of one kind, for a model of `write_model`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+        )
+    model.save_pretrained(folder)
+
+
 def main() -> None:
     """Write the folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -74,13 +89,17 @@ def main() -> None:
         "--tokenizer", type=Path, required=True, help="folder of a model to copy a tokenizer from"
     )
     parser.add_argument("--layers", type=int, help="how many, if not those of the model")
+    parser.add_argument("--weights", action="store_true", help="write random weights as well")
     options = parser.parse_args()
     if options.folder.exists():
         sys.exit(f"{options.folder} exists; name another folder")
     if not (options.tokenizer / "tokenizer_config.json").exists():
         sys.exit(f"{options.tokenizer} has no tokenizer_config.json; name the folder of a model")
     write_model(options.folder, options.tokenizer, options.layers)
-    print(f"[model] wrote {options.folder}; serve it with --load-format dummy")
+    if options.weights:
+        write_weights(options.folder)
+    hint = "" if options.weights else "; serve it with --load-format dummy"
+    print(f"[model] wrote {options.folder}{hint}")
 
 
 if __name__ == "__main__":

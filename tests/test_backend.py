@@ -225,7 +225,7 @@ def check_batch(
     for req, (query, key, value) in enumerate(step.requests):
         rows = query.shape[0]
         num_cached = len(key) - (rows if exact_prefill and rows > 1 else 0)
-        with_copies = rows == 1 or (exact_prefill and device == "cpu")
+        with_copies = rows == 1 or exact_prefill
         read_key, read_value = step.cached(req, num_cached, with_copies=with_copies)
         want = attention(
             query,

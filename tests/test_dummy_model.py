@@ -71,6 +71,23 @@ def test_the_vocabulary_has_room_for_a_larger_tokenizer(
     assert config.num_hidden_layers == 3
 
 
+def test_weights_are_written_on_demand_and_do_not_vary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = save_tokenizer(tmp_path / "words", 10)
+    small = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 2, "vocab_size": 256}
+    monkeypatch.setattr(dummy_model, "LLAMA_8B", dummy_model.LLAMA_8B | small)
+    states = []
+    for name in ("one", "two"):
+        run(monkeypatch, tmp_path / name, "--tokenizer", tokenizer, "--layers", 2, "--weights")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        states.append(model.state_dict())
+    one, two = states
+    assert one["model.layers.1.self_attn.k_proj.weight"].std() > 0
+    assert all(weight.dtype == torch.bfloat16 for weight in one.values())
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
 def test_folders_that_exist_or_have_no_tokenizer_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,12 +61,12 @@ class Places:
         return Places(
             torch.zeros(num_units, dtype=torch.int32, device=device),
             torch.full((num_places, 2), -1, dtype=torch.int32, device=device),
-            torch.zeros(1 + num_places, dtype=torch.int32, device=device),
+            torch.zeros(3 + num_places, dtype=torch.int32, device=device),
         )
 
     def host(self) -> list[Tensor]:
         """What is left of a call, without its working memory."""
-        return [self.unit_map.cpu(), self.places.cpu(), self.clock[:1].cpu()]
+        return [self.unit_map.cpu(), self.places.cpu(), self.clock[:3].cpu()]
 
 
 def assign(places: Places, step: Step, block_size: int, window_units: int, number: int) -> None:
@@ -95,9 +95,10 @@ def test_assign(num_places: int, block_size: int, window_units: int, device: str
     taken = 0
     for number in range(100):
         assign(places, schedule.step(), block_size, window_units, number)
-        unit_map, owners, _ = places.host()
+        unit_map, owners, (_, needed, placed) = places.host()
         units = unit_map.nonzero()[:, 0]
         assert torch.equal(owners[(unit_map[units] >> 16) - 1, 0], units.int())
+        assert min(needed, num_places) >= placed >= 0
         taken += len(units)
     assert taken > 100 * min(num_places, 2 * window_units) / 2
 
@@ -361,3 +362,124 @@ def test_a_map_of_zeros_changes_nothing(device: str) -> None:
     num_units = batch.kv_cache.shape[0] * batch.kv_cache.shape[2] // UNIT_TOKENS
     unit_map = torch.zeros(num_units, dtype=torch.int32)
     check_attention(RecentBatch(batch, empty_recent(1, 2, 64), unit_map, 4, 0), True, device)
+
+
+def dequantize(
+    batch: PagedBatch, first: list[int], last: list[int], dtype: torch.dtype, *copies: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``first`` to ``last`` - 1 of every request, on the device of the batch."""
+    device = batch.kv_cache.device
+    lengths = [b - a for a, b in zip(first, last, strict=True)]
+    rows = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    _, num_kv_heads, _, _ = batch.kv_cache.shape
+    shape = (sum(lengths) + 2, num_kv_heads, batch.query.shape[-1])
+    key, value = (torch.full(shape, 7.0, dtype=dtype, device=device) for _ in range(2))
+    starts = torch.tensor(first, dtype=torch.int32, device=device)
+    ops.dequantize(
+        batch.kv_cache, batch.block_table, starts, rows, batch.key_frame, key, value, *copies
+    )
+    assert (key[-2:] == 7).all() and (value[-2:] == 7).all()
+    return key[:-2].cpu(), value[:-2].cpu()
+
+
+def on(device: str, batch: PagedBatch) -> PagedBatch:
+    return PagedBatch(**{name: x.to(device) for name, x in vars(batch).items()})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "block_size"), [(64, 16), (64, 128), (128, 48), (256, 32), (512, 16)]
+)
+def test_dequantize(head_dim: int, block_size: int, dtype: torch.dtype, device: str) -> None:
+    """Codes of tokens that have a copy, and invalid copies, are NaN; there is no window."""
+    first, last = [5, 0, 16, 0], [190, 0, 77, 33]
+    batch = make_batch((200, 0, 77, 33), (1,) * 4, 4, 2, head_dim, block_size, seed=head_dim)
+    case = with_copies(batch, window_units=200 // UNIT_TOKENS + 1, seed=head_dim)
+    assert 0.2 < case.num_read / len(batch.slot_mapping) < 0.8
+    copies = case.recent.to(device), case.unit_map.to(device)
+    got = dequantize(on(device, case.batch), first, last, dtype, *copies)
+    read = [
+        reference_recent.read(
+            case.batch.kv_cache, table, b, batch.key_frame, case.recent, case.unit_map
+        )
+        for table, b in zip(batch.block_table, last, strict=True)
+    ]
+    for name, x, parts in zip(("keys", "values"), got, zip(*read, strict=True), strict=True):
+        want = torch.cat([part[a:] for part, a in zip(parts, first, strict=True)])
+        assert_close(x, want, max(torch.finfo(dtype).eps, 1e-6), name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dequantize_reads_codes_where_there_is_no_copy(device: str) -> None:
+    """Bit for bit what it reads without the arguments."""
+    batch = make_batch((70, 33), (1, 1), 4, 2, 128, block_size=32)
+    case = with_copies(batch, window_units=8)
+    first, last = [0, 0], [70, 33]
+    batch = on(device, batch)
+    recent, unit_map = case.recent.to(device), case.unit_map.to(device)
+    plain, of_none, of_some = (
+        dequantize(batch, first, last, torch.float32, *copies)
+        for copies in ((), (recent, torch.zeros_like(unit_map)), (recent, unit_map))
+    )
+    slots = batch.slot_mapping.cpu()
+    has_copy = (case.unit_map[slots // UNIT_TOKENS] >> slots % UNIT_TOKENS & 1).bool()
+    assert has_copy.any() and not has_copy.all()
+    for x, y, z in zip(plain, of_none, of_some, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal((x != z).flatten(1).any(dim=1), has_copy)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dequantize_gives_copies_back(device: str) -> None:
+    """Keys and values that were stored come back with the error of 8 bits."""
+    key, value = normal(2, 40, 2, 128)
+    key_frame = random_frame(2, 128, seeded(3))
+    batch = make_batch((40,), (1,), 4, 2, 128)
+    batch = on(device, PagedBatch(**{**vars(batch), "key_frame": key_frame}))
+    key = key / key_frame[:, BALANCE] + key_frame[:, SINK]
+    num_units = batch.kv_cache.shape[0] * batch.kv_cache.shape[2] // UNIT_TOKENS
+    recent = empty_recent(num_units, 2, 128).to(device)
+    unit_map = ((torch.arange(num_units) + 1) << 16 | EVERY_TOKEN).int().to(device)
+    arguments = (x.to(device) for x in (key, value, key_frame))
+    ops.store(*arguments, batch.kv_cache, batch.slot_mapping, recent, unit_map)
+    got_key, got_value = dequantize(batch, [0], [40], torch.float32, recent, unit_map)
+    origin = key_frame[:, SINK]
+    assert_close((got_key - origin), key - origin, 0.012, "keys")
+    assert_close(got_value, value, 0.012, "values")
+
+
+@pytest.mark.parametrize(
+    ("recent", "unit_map", "sentence"),
+    [
+        (True, None, "recent and unit_map must be given together"),
+        (None, True, "recent and unit_map must be given together"),
+        (torch.float32, True, "recent is float32, expected uint8"),
+        (True, torch.int64, "unit_map is int64, expected int32"),
+    ],
+)
+def test_dequantize_refuses_wrong_copies(
+    recent: torch.dtype | bool | None, unit_map: torch.dtype | bool | None, sentence: str
+) -> None:
+    batch = make_batch((20,), (1,), 4, 2, 64)
+    case = with_copies(batch, window_units=2)
+    copies = [
+        None if given is None else x if given is True else x.to(given)
+        for given, x in ((recent, case.recent), (unit_map, case.unit_map))
+    ]
+    with pytest.raises(RuntimeError, match=sentence):
+        dequantize(batch, [0], [20], torch.float32, *copies)  # type: ignore[arg-type]
+
+
+def test_opcheck_of_dequantize_with_copies() -> None:
+    batch = make_batch((20,), (1,), 4, 2, 64)
+    case = with_copies(batch, window_units=2)
+    key, value = torch.zeros(2, 20, 2, 64)
+    rows = torch.tensor([0, 20], dtype=torch.int32)
+    torch.library.opcheck(
+        torch.ops.turboquant.dequantize.default,
+        (
+            *(batch.kv_cache, batch.block_table, rows[:1], rows, batch.key_frame, key, value),
+            *(case.recent, case.unit_map),
+        ),
+    )

@@ -34,7 +34,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged."""
     logged: list[str] = []
     monkeypatch.setattr(
-        recent, "logger", SimpleNamespace(info_once=lambda text, *v: logged.append(text % v))
+        recent,
+        "logger",
+        SimpleNamespace(
+            info=lambda text, *v: logged.append(text % v),
+            info_once=lambda text, *v: logged.append(text % v),
+        ),
     )
     return logged
 
@@ -195,6 +200,28 @@ def test_a_pool_assigns_in_every_step_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert pool._step == 1
     assert pool.unit_map[2] & 0xFFFF == 1
     assert step(0, 0) == [2, 6, 7]  # padding
+
+
+def test_a_pool_that_is_too_small_says_so(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    """The windows of two requests are four units each; five have a place."""
+    monkeypatch.setattr(recent, "REPORT_INTERVAL_S", 0)
+    pool = RecentPool(16, 5, 64, 4, torch.device("cpu"))
+
+    def step(lengths: list[int]) -> None:
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+        pool.assign(torch.tensor([[2], [1]], dtype=torch.int32), lens, starts)
+
+    step([64, 0])
+    step([64, 64])
+    assert lines == []  # of the first step, whose four units had places
+    step([64, 0])
+    assert lines == [
+        "turboquant3 recent tokens: 8-bit copies of 62 % of the newest tokens of the running "
+        "requests; the others are read from codes"
+    ]
 
 
 def fake_worker(given: int | None, **attributes: Any) -> Any:

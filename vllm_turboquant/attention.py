@@ -183,7 +183,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             return
         fresh_tile = prefill.fresh_tile
         if fresh_tile:
-            key, value = self._reconstruct(kv_cache, fresh_tile)
+            key, value = self._reconstruct(kv_cache, fresh_tile, None)
         lse = fresh_attention(query, key, value, prefill.fresh, self.scale, output)
         if prefill.context:
             earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
@@ -193,14 +193,21 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             merge_into(output, lse, slice(len(query)), earlier, earlier_lse)
         if prefill.context_tiles and not fresh_tile:
             lse -= self._center_scores(query)  # tiles hold keys without their center
+        pool = None if fresh_tile else self.pool
         for tile in prefill.context_tiles:
-            key, value = self._reconstruct(kv_cache, tile)
+            key, value = self._reconstruct(kv_cache, tile, pool)
             attend_tile(query, key, value, tile, self.scale, output, lse)
 
-    def _reconstruct(self, kv_cache: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Read a tile back into scratch, keys less their center."""
+    def _reconstruct(
+        self, kv_cache: Tensor, tile: Tile, pool: RecentPool | None
+    ) -> tuple[Tensor, Tensor]:
+        """Read a tile back into scratch, keys less their center.
+
+        Tokens are read from copies where ``pool`` has them.
+        """
         assert self.scratch is not None, "tiles are planned on GPUs only"
-        return reconstruct(kv_cache, tile, self.relative_frame, self.scratch.tile())
+        copies = (self.recent, pool.unit_map) if pool else ()
+        return reconstruct(kv_cache, tile, self.relative_frame, self.scratch.tile(), *copies)
 
     def _center_scores(self, query: Tensor) -> Tensor:
         """What the center adds to every score of a row: [num_heads, num_tokens] float32."""

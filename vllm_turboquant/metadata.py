@@ -59,7 +59,7 @@ class PrefillRequests:
         fresh_tile: The same tokens in the cache, where they are to be read back from codes; None
             where they attend to each other exactly.
         context: Their earlier tokens, read from codes and copies on CPUs; None if there are none.
-        context_tiles: The same, reconstructed from codes on GPUs.
+        context_tiles: The same on GPUs, reconstructed; from codes only beside a ``fresh_tile``.
         cached: All their tokens, where CPUs are to read everything from codes; None where they
             attend to each other exactly. There is no ``context`` then.
     """

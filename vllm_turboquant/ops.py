@@ -162,6 +162,8 @@ def dequantize(
     key_frame: Tensor,
     key_out: Tensor,
     value_out: Tensor,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
 ) -> None:
     """Reconstruct a range of tokens of every request.
 
@@ -177,12 +179,23 @@ def dequantize(
         key_frame: [num_kv_heads, 3, head_dim] float32.
         key_out: [>= cu_seq_lens[-1], num_kv_heads, head_dim] float32 | float16 | bfloat16.
         value_out: As ``key_out``.
+        recent: [num_places, num_kv_heads, unit_bytes] uint8, 8-bit copies that are read instead of
+            codes wherever there is one; see ``reference_recent.read``.
+        unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
     """
     torch.ops.turboquant.dequantize(
-        kv_cache, block_table, seq_starts, cu_seq_lens, key_frame, key_out, value_out
+        kv_cache,
+        block_table,
+        seq_starts,
+        cu_seq_lens,
+        key_frame,
+        key_out,
+        value_out,
+        recent,
+        unit_map,
     )
 
 
@@ -208,7 +221,7 @@ def assign_recent(
         step: Counts the calls.
         unit_map: [num_units] int32; updated.
         places: [num_places, 2] int32; updated.
-        clock: [1 + num_places] int32; updated.
+        clock: [3 + num_places] int32; updated.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -269,5 +282,7 @@ def _dequantize_fake(
     key_frame: Tensor,
     key_out: Tensor,
     value_out: Tensor,
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""

@@ -7,6 +7,7 @@ of one KV cache group share their block tables, and so the ``RecentPool`` that a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ logger = init_logger("vllm.turboquant")
 #: place + 1 and 16 bits of a unit fit into an int32.
 MAX_PLACES = 32766
 MAX_STEP = 2**31 - 1
+REPORT_INTERVAL_S = 10.0
 
 
 class RecentPool:
@@ -56,8 +58,10 @@ class RecentPool:
         self.unit_map = torch.zeros(num_units, dtype=torch.int32, device=device)
         self._block_size = block_size
         self._places = torch.tensor([[-1, 0]] * num_places, dtype=torch.int32, device=device)
-        self._clock = torch.zeros(1 + num_places, dtype=torch.int32, device=device)
+        self._clock = torch.zeros(3 + num_places, dtype=torch.int32, device=device)
         self._step = 0
+        self._counts = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._next_report = time.monotonic()
 
     def fits(self, kv_cache: Tensor) -> bool:
         """Whether this is the state for a cache like ``kv_cache``."""
@@ -83,6 +87,24 @@ class RecentPool:
             self._places,
             self._clock,
         )
+        if time.monotonic() >= self._next_report:
+            self._report()
+
+    def _report(self) -> None:
+        """Log how much of the windows has copies, if not all, as it was one interval ago.
+
+        Then, and not now, so that the device need not be waited for: its answer is long there.
+        """
+        self._next_report = time.monotonic() + REPORT_INTERVAL_S
+        needed, placed = self._counts.tolist()
+        if placed < needed:
+            logger.info(
+                "%s recent tokens: 8-bit copies of %.0f %% of the newest tokens of the running "
+                "requests; the others are read from codes",
+                CACHE_DTYPE,
+                100 * placed / needed,
+            )
+        self._counts.copy_(self._clock[1:3], non_blocking=True)
 
 
 def num_units(kv_cache: Tensor) -> int:

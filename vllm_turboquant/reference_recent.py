@@ -11,6 +11,7 @@ goes like this:
     assign            gives every unit of a window that receives tokens a place in the pool
     store             writes codes, and copies of tokens whose unit has a place
     paged_attention   reads the copies of a request's window, and codes of everything else
+    dequantize        reads every copy that is valid, and codes of everything else
 
 ``unit_map`` holds, for every unit of the cache, 0 or (place + 1) << 16 | valid, where bit o of
 ``valid`` says that token o of the unit has a copy. A token that is written sets its bit and clears
@@ -78,8 +79,8 @@ def assign(
         unit_map: [num_blocks * block_size / 16] int32, see above; updated.
         places: [num_places, 2] int32, num_places at most 32766: the unit that has a place, -1 if
             none, and the last step whose windows needed it; updated.
-        clock: [>= 1 + num_places] int32; the first element is the place to try next, the rest is
-            working memory.
+        clock: [>= 3 + num_places] int32: the place to try next; the number of units in windows; how
+            many of these have a place; working memory.
     """
     windows: list[list[int]] = []
     written: list[list[tuple[int, int, int]]] = []  # unit, first and last + 1 offset
@@ -98,7 +99,8 @@ def assign(
                 old.append((units[i], first))
             else:
                 written[-1].append((units[i], first, last))
-    for unit in (unit for window in windows for unit in window):
+    in_windows = [unit for window in windows for unit in window]
+    for unit in in_windows:
         if unit_map[unit]:
             places[(unit_map[unit] >> 16) - 1, 1] = step
     for unit, first in old:
@@ -118,6 +120,8 @@ def assign(
         if unit_map[unit]:
             unit_map[unit] &= ~(EVERY_TOKEN ^ _bits(0, first))
             unit_map[unit] |= _bits(first, last)
+    clock[1] = len(in_windows)
+    clock[2] = sum(bool(unit_map[unit]) for unit in in_windows)
 
 
 def store_copies(
@@ -235,16 +239,28 @@ def read(
     key_frame: Tensor,
     recent: Tensor,
     unit_map: Tensor,
-    window_units: int,
+    window_units: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence, [seq_len, num_kv_heads, head_dim] float64."""
+    """Read back one sequence from copies in its window and from codes elsewhere.
+
+    Args:
+        kv_cache: As for ``reference.load``, as are ``block_table`` and ``seq_len``.
+        key_frame: [num_kv_heads, 3, head_dim] float32.
+        recent: [num_places, num_kv_heads, unit_bytes] uint8.
+        unit_map: [num_units] int32.
+        window_units: Units of the window; None for all, as ``ops.dequantize`` reads.
+
+    Returns:
+        Keys and values, [seq_len, num_kv_heads, head_dim] float64.
+    """
     layout = SlotLayout(key_frame.shape[-1])
     key_code, value_code = load(kv_cache, block_table, seq_len, layout)
     key, value = decode_keys(key_code, key_frame, layout), decode_values(value_code, layout)
     units = _units(block_table, seq_len, kv_cache.shape[2])
     arrays = recent_arrays(recent, layout)
     center, sink, balance = (_split(part, layout) for part in key_frame.double().unbind(dim=1))
-    for i in range(max(0, len(units) - window_units), len(units)):
+    first_of_window = 0 if window_units is None else max(0, len(units) - window_units)
+    for i in range(first_of_window, len(units)):
         mapped = int(unit_map[units[i]])
         offsets = [
             o for o in range(UNIT_TOKENS) if mapped >> o & 1 and i * UNIT_TOKENS + o < seq_len

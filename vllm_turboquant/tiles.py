@@ -122,22 +122,37 @@ def make_tile(pieces: Sequence[Piece], fresh: FreshRequests, block_table: Tensor
 
 
 def reconstruct(
-    kv_cache: Tensor, tile: Tile, key_frame: Tensor, buffers: tuple[Tensor, Tensor]
+    kv_cache: Tensor,
+    tile: Tile,
+    key_frame: Tensor,
+    buffers: tuple[Tensor, Tensor],
+    recent: Tensor | None = None,
+    unit_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read a tile back from its codes.
+    """Read a tile back from its codes and, where there are any, copies.
 
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         tile: Which tokens.
         key_frame: [num_kv_heads, 3, head_dim] float32.
         buffers: For keys and values, [>= num_tokens, num_kv_heads, head_dim].
+        recent: [num_places, num_kv_heads, unit_bytes] uint8; None to read codes only.
+        unit_map: [num_units] int32, given together with ``recent``.
 
     Returns:
         Keys and values, [num_tokens, num_kv_heads, head_dim], in ``buffers``.
     """
     key, value = (buffer[: tile.num_tokens] for buffer in buffers)
     ops.dequantize(
-        kv_cache, tile.block_table, tile.seq_starts, tile.cu_seq_lens, key_frame, key, value
+        kv_cache,
+        tile.block_table,
+        tile.seq_starts,
+        tile.cu_seq_lens,
+        key_frame,
+        key,
+        value,
+        recent,
+        unit_map,
     )
     return key, value
 

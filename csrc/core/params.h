@@ -124,7 +124,8 @@ struct AssignParams {
   int32_t* unit_map;     // [num_units], as Copies
   int32_t (*places)[2];  // [num_places], unit or -1, last step that needed it
   int num_places;
-  int32_t* clock;  // [1 + num_places], next place to try, working memory
+  // [3 + num_places], next place to try, units in windows, how many have a place, working memory
+  int32_t* clock;
 };
 
 struct DequantizeParams {
@@ -136,6 +137,7 @@ struct DequantizeParams {
   MutableRows key;    // [cu_seq_lens[num_reqs], num_kv_heads, head_dim]
   MutableRows value;  // as key
   int num_reqs;
+  Copies copies;  // read wherever they are valid, whatever the window
 };
 
 }  // namespace tq

@@ -3,10 +3,13 @@
 // Work items: units of sixteen tokens of one KV head, tokens in lanes.
 // k = o + alpha B^-1 (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py: decode_keys,
 // decode_values)
+// Of a token that has an 8-bit copy, its codes and scale take the place of u^ or C[i] and of alpha
+// or beta (reference_recent.py: read).
 #include <algorithm>
 #include <vector>
 
 #include "cpu/codes.h"
+#include "cpu/copies.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -37,17 +40,55 @@ void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale, 
   }
 }
 
+// The copies of a unit's tokens in the span.
+struct UnitCopies {
+  CopiedToken tokens[kLanes];
+  int count = 0;
+
+  UnitCopies(const DequantizeParams& p, const Span& span, const int32_t* blocks, int kv_head) {
+    if (!p.copies.data) return;
+    const int64_t block = blocks[span.unit_token / p.cache.block_size];
+    const int64_t slot = block * p.cache.block_size + span.unit_token % p.cache.block_size;
+    const int32_t mapped = p.copies.unit_map[slot / kUnitTokens];
+    for (int lane = span.first; lane < span.last; ++lane) {
+      if (mapped >> lane & 1) tokens[count++] = {lane, p.copies.unit(mapped, kv_head), lane};
+    }
+  }
+
+  // Replace what came of codes in their lanes: x[kGroup], still rotated, and its scale.
+  template <int kGroup>
+  void replace(const SlotLayout& layout, int64_t codes, int64_t scales, int g, Lanes* x,
+               Lanes* scale) const {
+    if (count == 0) return;
+    float lanes[kLanes];
+    for (int j = 0; j < kGroup; ++j) {
+      store(lanes, x[j]);
+      for (int i = 0; i < count; ++i) {
+        lanes[tokens[i].index] = tokens[i].codes<kGroup>(layout, codes, g)[j];
+      }
+      x[j] = load(lanes);
+    }
+    store(lanes, *scale);
+    for (int i = 0; i < count; ++i) lanes[tokens[i].index] = tokens[i].scale(scales, g);
+    *scale = load(lanes);
+  }
+};
+
 template <int kGroup>
 void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
   const SlotLayout layout = p.cache.layout;
   const BlockOffsets at = layout.offsets(p.cache.block_size);
+  const CopyOffsets copy_at = layout.copy_offsets();
   const int32_t* blocks = p.block_table.data + span.req * p.block_table.req_stride;
   const Unit unit = locate(p.cache, blocks, kv_head, span.unit_token);
+  const UnitCopies copies(p, span, blocks, kv_head);
   Lanes x[kGroup];
   for (int g = 0; g < layout.num_groups(); ++g) {
     KeyWords<kGroup>(unit, layout, at, g).decode(x);
+    Lanes key_scale = load_scales(unit, at.key_scale, g, p.cache.block_size);
+    copies.replace<kGroup>(layout, copy_at.key, copy_at.key_scale, g, x, &key_scale);
     hadamard<kGroup>(x);
-    const Words scale = as_words(load_scales(unit, at.key_scale, g, p.cache.block_size));
+    const Words scale = as_words(key_scale);
     uint32_t at_sink[kLanes];
     store(at_sink, scale >> 31);
     const auto leave_frame = [&](int lane, float* row) {
@@ -63,9 +104,10 @@ void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
     Words index[kGroup / 16];
     load_words(unit, at.value_index + g * kGroup / 4, layout.index_bytes(), kGroup / 16, index);
     for (int j = 0; j < kGroup; ++j) x[j] = centroid<kGroup>(index[j / 16] >> (2 * (j % 16)));
+    Lanes value_scale = load_scales(unit, at.value_scale, g, p.cache.block_size);
+    copies.replace<kGroup>(layout, copy_at.value, copy_at.value_scale, g, x, &value_scale);
     hadamard<kGroup>(x);
-    write_lanes<kGroup>(x, kValueSigns, load_scales(unit, at.value_scale, g, p.cache.block_size),
-                        span, kv_head, g, p.value, [](int, float*) {});
+    write_lanes<kGroup>(x, kValueSigns, value_scale, span, kv_head, g, p.value, [](int, float*) {});
   }
 }
 

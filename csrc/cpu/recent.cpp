@@ -95,6 +95,16 @@ void assign_recent(const AssignParams& p) {
       if (mapped != 0) mapped = (mapped & (~kEveryToken | request.kept(i))) | request.written(i);
     }
   }
+  // 4. What windows have.
+  int num_in_windows = 0, num_placed = 0;
+  for (int req = 0; req < p.num_reqs; ++req) {
+    const Request request(p, req);
+    for (int i = request.window; i < request.num_units; ++i) {
+      ++num_in_windows;
+      num_placed += p.unit_map[request.unit(i)] != 0;
+    }
+  }
+  p.clock[1] = num_in_windows, p.clock[2] = num_placed;
 }
 
 }  // namespace tq::cpu

@@ -52,10 +52,26 @@ struct Sight {
     fewest = __reduce_min_sync(kAllLanes, fewest);
   }
 
+  // Entry of Copies::unit_map for the unit with this first token; 0 outside of the window.
+  __device__ int32_t unit(int first_token) const {
+    return first_token >= window ? mapped[(first_token - window) / Traits::kUnitTokens] : 0;
+  }
+
+  // Whether all tokens of a batch have a copy.
+  __device__ bool is_copied(int first_token) const {
+    bool all = true;
+#pragma unroll
+    for (int k = 0; k < Traits::kBatchUnits; ++k) {
+      const int first = first_token + k * Traits::kUnitTokens;
+      const int count = min(max(seq_len - first, 0), Traits::kUnitTokens);
+      all &= (~unit(first) & ((1 << count) - 1)) == 0;
+    }
+    return all;
+  }
+
   // Leave of a unit's tokens those that rows see and that have a copy, or have none.
   __device__ void hide(int first_token, bool copied, UnitScores<Traits>* unit) const {
-    const int32_t valid =
-        first_token >= window ? mapped[(first_token - window) / Traits::kUnitTokens] : 0;
+    const int32_t valid = this->unit(first_token);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int in_unit = (threadIdx.x & 31) / 4 + 8 * h, token = first_token + in_unit;
@@ -100,13 +116,15 @@ __device__ inline void find_window(const AttentionParams& a, int req, int kv_hea
   }
 }
 
-// Attend to the copies of a window that this warp has to read.
+// Attend to the copies of a window that are this warp's turn. The last warps begin: they may have
+// one batch less than the others, and whoever has the last batches skips what has copies.
 template <typename Traits>
 __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
                                      const QueryOperands<Traits>& query,
                                      const ScoreFactors<Traits>& factors,
                                      const Sight<Traits>& sight, DecodeState<Traits>& state) {
-  for (int i = threadIdx.x / 32; i < a.copies.window_units; i += Traits::kWarps) {
+  constexpr int kLastWarp = Traits::kWarps - 1;
+  for (int i = kLastWarp - threadIdx.x / 32; i < a.copies.window_units; i += Traits::kWarps) {
     const int32_t mapped = sight.mapped[i];
     if ((mapped & 0xffff) == 0) continue;
     const uint8_t* copies = a.copies.unit(mapped, kv_head);
@@ -181,6 +199,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
     const int token = stream.token(n);
     if (token + Traits::kBatchTokens > sight.fewest) {
+      if (sight.is_copied(token)) continue;
       attend_batch<Traits, true>(tables, batch, token, query, factors, sight, state);
     } else {
       attend_batch<Traits, false>(tables, batch, token, query, factors, sight, state);

@@ -2,8 +2,9 @@
 //
 // Grid: one warp per (output row, KV head, key or value, group); a lane holds group / 32
 // coordinates. k = o + alpha B^-1 (H D1)^T u^,  v = beta (H D3)^T C[i]   (reference.py:
-// decode_keys, decode_values) Bound by the bytes written, 2 * head_dim elements per token and KV
-// head.
+// decode_keys, decode_values). Of a token that has an 8-bit copy, its codes and scale take the
+// place of u^ or C[i] and of alpha or beta (reference_recent.py: read). Bound by the bytes written,
+// 2 * head_dim elements per token and KV head.
 #include "core/codebook.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -56,6 +57,14 @@ __device__ void add_residual(const uint8_t* sign, float (&x)[kPerLane<kGroup>]) 
   for (int e = 0; e < kCount; ++e) x[e] += Codebook<kGroup>::kQjlWeight * diagonal[e] * s[e];
 }
 
+// Read the 8-bit codes of a group of a copied token.
+template <int kGroup>
+__device__ void copied(const uint8_t* codes, float (&x)[kPerLane<kGroup>]) {
+  const int first = (threadIdx.x & 31) * kPerLane<kGroup>;
+#pragma unroll
+  for (int e = 0; e < kPerLane<kGroup>; ++e) x[e] = static_cast<int8_t>(codes[first + e]);
+}
+
 struct KernelParams {
   DequantizeParams p;
   int64_t num_rows;
@@ -83,17 +92,33 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t token = p.seq_starts[req] + row - p.cu_seq_lens[req];
   const int64_t block = p.block_table.data[req * p.block_table.req_stride + token / block_size];
   const int64_t offset = token % block_size;
+  const int64_t slot = block * block_size + offset;
+  const int32_t mapped = p.copies.data ? p.copies.unit_map[slot / kUnitTokens] : 0;
+  const int in_unit = static_cast<int>(slot % kUnitTokens);
 
-  // 2. Decode, still rotated.
-  const BlockOffsets at = layout.offsets(block_size);
-  const uint8_t* region = region_of(p.cache, block, kv_head);
+  // 2. Decode, still rotated: from the copy, if it is valid, else from codes. All lanes do the
+  // same.
+  const uint8_t* scale_at;
   float x[kCount];
-  centroids<kGroup>(region + (is_value ? at.value_index : at.key_index) +
-                        offset * layout.index_bytes() + group * (kGroup / 4),
-                    x);
-  if (!is_value) {
-    add_residual<kGroup>(region + at.key_sign + offset * layout.sign_bytes() + group * (kGroup / 8),
-                         x);
+  if (mapped >> in_unit & 1) {
+    const CopyOffsets at = layout.copy_offsets();
+    const uint8_t* unit = p.copies.unit(mapped, kv_head);
+    copied<kGroup>(
+        unit + (is_value ? at.value : at.key) + in_unit * layout.head_dim + group * kGroup, x);
+    scale_at = unit + (is_value ? at.value_scale : at.key_scale) +
+               (group * kUnitTokens + in_unit) * kScaleBytes;
+  } else {
+    const BlockOffsets at = layout.offsets(block_size);
+    const uint8_t* region = region_of(p.cache, block, kv_head);
+    centroids<kGroup>(region + (is_value ? at.value_index : at.key_index) +
+                          offset * layout.index_bytes() + group * (kGroup / 4),
+                      x);
+    if (!is_value) {
+      add_residual<kGroup>(
+          region + at.key_sign + offset * layout.sign_bytes() + group * (kGroup / 8), x);
+    }
+    scale_at = region + (is_value ? at.value_scale : at.key_scale) +
+               (int64_t{group} * block_size + offset) * kScaleBytes;
   }
 
   // 3. Rotate back and write.
@@ -104,10 +129,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   } else {
     lane_signs<kGroup, kKeySigns>(diagonal);
   }
-  const uint8_t* scales = region + (is_value ? at.value_scale : at.key_scale);
   const float scale =
-      __half2float(reinterpret_cast<const __half*>(scales)[int64_t{group} * block_size + offset]) *
-      (1 / Codebook<kGroup>::kRoot);
+      __half2float(*reinterpret_cast<const __half*>(scale_at)) * (1 / Codebook<kGroup>::kRoot);
   const int first = group * kGroup + lane * kCount;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) x[e] *= fabsf(scale) * diagonal[e];

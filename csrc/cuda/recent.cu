@@ -56,11 +56,14 @@ __device__ int rank_in_block(bool flag, int* total) {
 }
 
 __global__ void __launch_bounds__(kThreads) assign_kernel(const AssignParams p) {
-  __shared__ int num_wanted, num_found, last_taken;
+  __shared__ int num_wanted, num_found, last_taken, num_in_windows, num_placed;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  int32_t* wanted = p.clock + 1;
+  int32_t* wanted = p.clock + 3;
   const int first_place = p.clock[0];
-  if (threadIdx.x == 0) num_wanted = num_found = 0, last_taken = -1;
+  if (threadIdx.x == 0) {
+    num_wanted = num_found = num_in_windows = num_placed = 0;
+    last_taken = -1;
+  }
 
   // 1. Which places windows need; copies outside of windows whose tokens this step overwrites.
   for (int req = warp; req < p.num_reqs; req += kWarps) {
@@ -114,15 +117,20 @@ __global__ void __launch_bounds__(kThreads) assign_kernel(const AssignParams p) 
     p.clock[0] = (first_place + last_taken + 1) % p.num_places;
   }
 
-  // 4. Note the copies that this step writes.
+  // 4. Note the copies that this step writes; count what windows have.
   for (int item = threadIdx.x; item < num_items; item += kThreads) {
     const Request r(p, item / p.window_units);
     const int i = r.window + item % p.window_units;
-    if (!r.writes(i)) continue;
+    if (i >= r.num_units) continue;
     const int64_t unit = r.unit(i);
     const int32_t mapped = p.unit_map[unit];
-    if (mapped) p.unit_map[unit] = (mapped & (kPlaceBits | r.kept(i))) | r.set(i);
+    atomicAdd(&num_in_windows, 1);
+    if (!mapped) continue;
+    atomicAdd(&num_placed, 1);
+    if (r.writes(i)) p.unit_map[unit] = (mapped & (kPlaceBits | r.kept(i))) | r.set(i);
   }
+  __syncthreads();
+  if (threadIdx.x == 0) p.clock[1] = num_in_windows, p.clock[2] = num_placed;
 }
 
 }  // namespace

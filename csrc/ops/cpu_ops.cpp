@@ -53,9 +53,9 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                 const Tensor& cu_seq_lens, const Tensor& key_frame, Tensor key_out,
-                Tensor value_out) {
+                Tensor value_out, std::optional<Tensor> recent, std::optional<Tensor> unit_map) {
   const DequantizeParams p = dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens,
-                                               key_frame, key_out, value_out);
+                                               key_frame, key_out, value_out, recent, unit_map);
   const int64_t num_rows = p.cu_seq_lens[p.num_reqs];
   STD_TORCH_CHECK(num_rows <= key_out.size(0) && num_rows <= value_out.size(0),
                   "cu_seq_lens ends at row ", num_rows, ", key_out and value_out have ",

@@ -130,9 +130,9 @@ int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int6
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
                 const Tensor& cu_seq_lens, const Tensor& key_frame, Tensor key_out,
-                Tensor value_out) {
+                Tensor value_out, std::optional<Tensor> recent, std::optional<Tensor> unit_map) {
   const DequantizeParams p = dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens,
-                                               key_frame, key_out, value_out);
+                                               key_frame, key_out, value_out, recent, unit_map);
   check_aligned(p.cache);
   STD_TORCH_CHECK(key_out.size(0) == value_out.size(0), "key_out and value_out have ",
                   key_out.size(0), " and ", value_out.size(0), " rows, expected as many");
@@ -142,6 +142,7 @@ void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor&
   check_device("key_frame", key_frame, kv_cache);
   check_device("key_out", key_out, kv_cache);
   check_device("value_out", value_out, kv_cache);
+  check_copies(recent, unit_map, kv_cache);
   const DeviceScope scope(kv_cache);
   cuda::dequantize(p, key_out.size(0), scope.stream());
 }

@@ -112,14 +112,16 @@ inline AssignParams assign_params(const Tensor& block_table_, const Tensor& seq_
                   places.size(0), " rows, expected 1 to ", kMostPlaces);
   p.places = static_cast<int32_t (*)[2]>(places.data_ptr());
   p.num_places = static_cast<int>(places.size(0));
-  p.clock = const_cast<int32_t*>(int_vector("clock", clock, 1 + p.num_places));
+  p.clock = const_cast<int32_t*>(int_vector("clock", clock, 3 + p.num_places));
   return p;
 }
 
 inline DequantizeParams dequantize_params(const Tensor& kv_cache, const Tensor& block_table_,
                                           const Tensor& seq_starts, const Tensor& cu_seq_lens,
                                           const Tensor& key_frame_, const Tensor& key_out,
-                                          const Tensor& value_out) {
+                                          const Tensor& value_out,
+                                          const std::optional<Tensor>& recent,
+                                          const std::optional<Tensor>& unit_map) {
   check_shape("key_out", key_out, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key_out.size(1), head_dim = key_out.size(2);
   DequantizeParams p;
@@ -133,6 +135,7 @@ inline DequantizeParams dequantize_params(const Tensor& kv_cache, const Tensor& 
   p.key_frame = key_frame(key_frame_, num_kv_heads, head_dim);
   p.key = mutable_rows("key_out", key_out, num_kv_heads, head_dim);
   p.value = mutable_rows("value_out", value_out, num_kv_heads, head_dim);
+  p.copies = copies(recent, unit_map, p.cache);
   return p;
 }
 

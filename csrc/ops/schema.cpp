@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
       "int num_kv_heads, int head_dim) -> int");
   m.def(
       "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
-      "Tensor key_frame, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
+      "Tensor key_frame, Tensor(a!) key_out, Tensor(b!) value_out, Tensor? recent=None, "
+      "Tensor? unit_map=None) -> ()");
   // Fills tensors with what the kernels were compiled with, for a test that compares it with
   // Python.
   m.def(

@@ -172,6 +172,7 @@ def server(
     arguments = [
         f"--kv-cache-memory-bytes={MEMORY_BYTES}",
         f"--max-num-batched-tokens={CHUNK_TOKENS}",
+        "--gpu-memory-utilization=0.3",  # this much of the GPU has to be free
     ]
     environment = {**ENVIRONMENT, **plugin_environment(folder)}
     with Server(

@@ -73,7 +73,8 @@ class Row(BaseModel):
     def reads_back_in_prefill(self) -> bool:
         """Whether prefill can be asked to read every key and value as decoding does.
 
-        With exact_prefill off, turboquant3 reads codes in prefill, but no copies of recent tokens.
+        With exact_prefill off, turboquant3 reads codes in prefill, but no copies of recent tokens:
+        those that decoding would read differ from row to row, and prefill reads the same for all.
         Who turns it on wants to see prefill as it is served.
         """
         if self.cache_dtype == CACHE_DTYPE:
