@@ -202,11 +202,13 @@ def test_a_pool_assigns_in_every_step_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert step(0, 0) == [2, 6, 7]  # padding
 
 
-def test_a_pool_that_is_too_small_says_so(
-    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+@pytest.mark.parametrize("busy_steps", [1, 2])
+def test_a_pool_that_is_too_small_says_so_when_it_is_busy(
+    busy_steps: int, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
-    """The windows of two requests are four units each; five have a place."""
+    """The windows of two requests are four units each; five have a place. Every step reports."""
     monkeypatch.setattr(recent, "REPORT_INTERVAL_S", 0)
+    monkeypatch.setattr(recent, "BUSY_STEPS", busy_steps)
     pool = RecentPool(16, 5, 64, 4, torch.device("cpu"))
 
     def step(lengths: list[int]) -> None:
@@ -218,10 +220,11 @@ def test_a_pool_that_is_too_small_says_so(
     step([64, 64])
     assert lines == []  # of the first step, whose four units had places
     step([64, 0])
-    assert lines == [
+    said = (
         "turboquant3 recent tokens: 8-bit copies of 62 % of the newest tokens of the running "
         "requests; the others are read from codes"
-    ]
+    )
+    assert lines == ([said] if busy_steps == 1 else [])
 
 
 def fake_worker(given: int | None, **attributes: Any) -> Any:

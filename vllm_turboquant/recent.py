@@ -29,6 +29,9 @@ logger = init_logger("vllm.turboquant")
 MAX_PLACES = 32766
 MAX_STEP = 2**31 - 1
 REPORT_INTERVAL_S = 10.0
+#: Steps of an interval that is worth a report. vLLM's warm-up, with all requests it may ever run at a
+#: time, has fewer.
+BUSY_STEPS = 100
 
 
 class RecentPool:
@@ -62,6 +65,7 @@ class RecentPool:
         self._step = 0
         self._counts = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._next_report = time.monotonic()
+        self._reported_step = 0
 
     def fits(self, kv_cache: Tensor) -> bool:
         """Whether this is the state for a cache like ``kv_cache``."""
@@ -91,11 +95,12 @@ class RecentPool:
             self._report()
 
     def _report(self) -> None:
-        """Log how much of the windows has copies, if not all, as it was one interval ago.
+        """Log how much of the windows had copies, if not all, when the interval began.
 
         Then, and not now, so that the device need not be waited for: its answer is long there.
         """
         self._next_report = time.monotonic() + REPORT_INTERVAL_S
+        num_steps, self._reported_step = self._step - self._reported_step, self._step
         needed, placed = self._counts.tolist()
         if placed < needed:
             logger.info(
@@ -104,7 +109,10 @@ class RecentPool:
                 CACHE_DTYPE,
                 100 * placed / needed,
             )
-        self._counts.copy_(self._clock[1:3], non_blocking=True)
+        if num_steps < BUSY_STEPS:
+            self._counts.zero_()
+        else:
+            self._counts.copy_(self._clock[1:3], non_blocking=True)
 
 
 def num_units(kv_cache: Tensor) -> int:

@@ -188,9 +188,6 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   // 2. Stream over the tokens.
   const uint2 tables = shared->stream.tables[threadIdx.x & 1];
   DecodeState<Traits> state;
-  if (reads_copies) {
-    attend_copies<Traits>(a, rows.kv_head, query, factors, sight, state);
-  }
   const int num_batches = stream.num_batches();
   for (int n = 0, slot = 0; n < num_batches; ++n) {
     stream.wait();
@@ -206,6 +203,9 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     }
   }
   cp_async_wait<0>();
+  if (reads_copies) {
+    attend_copies<Traits>(a, rows.kv_head, query, factors, sight, state);
+  }
 
   // 3. Write the partial result.
   write_partial<Traits>(partials, split, state, shared);

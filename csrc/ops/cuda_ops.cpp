@@ -160,7 +160,6 @@ void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tens
     STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == unit_map.get_device_index(), name,
                     " must be on the CUDA device of unit_map");
   }
-  if (p.num_reqs == 0) return;
   const DeviceScope scope(unit_map);
   cuda::assign_recent(p, scope.stream());
 }
