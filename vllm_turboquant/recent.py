@@ -29,8 +29,8 @@ logger = init_logger("vllm.turboquant")
 MAX_PLACES = 32766
 MAX_STEP = 2**31 - 1
 REPORT_INTERVAL_S = 10.0
-#: Steps of an interval that is worth a report. vLLM's warm-up, with all requests it may ever run at a
-#: time, has fewer.
+#: Steps of an interval that is worth a report. vLLM's warm-up, in which as many requests as allowed
+#: run at a time, has fewer.
 BUSY_STEPS = 100
 
 
