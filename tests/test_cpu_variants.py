@@ -20,7 +20,7 @@ OTHERS = CAPABILITIES[: CAPABILITIES.index(BEST)] if BEST in CAPABILITIES else [
 @pytest.mark.skipif(not OTHERS, reason="this CPU has only one variant")
 @pytest.mark.parametrize("capability", OTHERS)
 def test_variant(capability: str) -> None:
-    files = ["test_core_mirror", "test_store", "test_attention", "test_dequantize"]
+    files = ["test_core_mirror", "test_store", "test_attention", "test_dequantize", "test_recent"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
     program = (
         "import sys, torch, pytest\n"

@@ -58,10 +58,25 @@ def dequantize_arguments() -> Arguments:
     }
 
 
+def assign_arguments() -> Arguments:
+    return {
+        "block_table": torch.tensor([[3, 1], [2, 0]], dtype=torch.int32),
+        "seq_lens": torch.tensor([20, 7], dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 20, 27], dtype=torch.int32),
+        "block_size": 16,
+        "window_units": 2,
+        "step": 1,
+        "unit_map": torch.zeros(4, dtype=torch.int32),
+        "places": torch.tensor([[-1, 0]] * 3, dtype=torch.int32),
+        "clock": torch.zeros(6, dtype=torch.int32),
+    }
+
+
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Arguments]]] = {
     "store": (ops.store, store_arguments),
     "paged_attention": (ops.paged_attention, attention_arguments),
     "dequantize": (ops.dequantize, dequantize_arguments),
+    "assign_recent": (ops.assign_recent, assign_arguments),
 }
 
 
@@ -100,7 +115,7 @@ def with_value(index: int, value: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
-REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
+REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("store", "key", double, "key is float64, expected float32, float16 or bfloat16"),
     ("store", "key", lambda x: x[0], "key has shape [2, 64], expected [any, any, any]"),
     ("store", "key", lambda x: x[:4], "expected at least slot_mapping's 20"),
@@ -146,6 +161,16 @@ REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ("dequantize", "key_frame", parts_first, "key_frame must be contiguous"),
     ("dequantize", "key_out", double, "key_out is float64"),
     ("dequantize", "value_out", lambda x: x[:20], "key_out and value_out have 27 and 20"),
+    ("assign_recent", "block_table", lambda x: x[:1], "expected [2, any]"),
+    ("assign_recent", "seq_lens", long, "seq_lens is int64, expected int32"),
+    ("assign_recent", "query_start_loc", lambda x: x[:2], "query_start_loc has shape [2]"),
+    ("assign_recent", "block_size", lambda _: 24, "block_size is 24, expected a multiple of 16"),
+    ("assign_recent", "window_units", lambda _: 0, "window_units is 0, expected 1 to 8"),
+    ("assign_recent", "window_units", lambda _: 9, "window_units is 9, expected 1 to 8"),
+    ("assign_recent", "unit_map", long, "unit_map is int64, expected int32"),
+    ("assign_recent", "places", lambda x: x[:, :1], "places has shape [3, 1], expected [any, 2]"),
+    ("assign_recent", "places", lambda x: x[:0], "places has 0 rows, expected 1 to 32766"),
+    ("assign_recent", "clock", lambda x: x[:5], "clock has shape [5], expected [6]"),
 ]
 
 
@@ -155,7 +180,7 @@ REFUSALS: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     ids=[f"{operator} {sentence}" for operator, _, _, sentence in REFUSALS],
 )
 def test_refusals(
-    operator: str, argument: str, change: Callable[[Tensor], Tensor], sentence: str
+    operator: str, argument: str, change: Callable[[Any], Any], sentence: str
 ) -> None:
     run, arguments = OPERATORS[operator]
     given = arguments()

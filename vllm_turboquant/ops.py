@@ -273,6 +273,21 @@ def _paged_attention_fake(
     """Writes in place, returns nothing."""
 
 
+@torch.library.register_fake("turboquant::assign_recent")
+def _assign_recent_fake(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    block_size: int,
+    window_units: int,
+    step: int,
+    unit_map: Tensor,
+    places: Tensor,
+    clock: Tensor,
+) -> None:
+    """Writes in place, returns nothing."""
+
+
 @torch.library.register_fake("turboquant::dequantize")
 def _dequantize_fake(
     kv_cache: Tensor,
