@@ -89,8 +89,8 @@ struct Sight {
   }
 };
 
-// Look up the units of a request's window with one warp, and start reading their copies if this CTA
-// will.
+// Look up the units of a request's window with one warp, and bring closer what of their copies this
+// CTA will read and not fetch.
 template <typename Traits>
 __device__ inline void find_window(const AttentionParams& a, int req, int kv_head,
                                    bool reads_copies, int32_t* mapped) {
@@ -106,7 +106,7 @@ __device__ inline void find_window(const AttentionParams& a, int req, int kv_hea
   }
   if (lane < Traits::kWindowUnits) mapped[lane] = mine;
   if (!reads_copies) return;
-  for (int i = 0; i < a.copies.window_units; ++i) {
+  for (int i = Traits::kCopyBuffers; i < a.copies.window_units; ++i) {
     const int32_t other = __shfl_sync(kAllLanes, mine, i);
     if ((other & 0xffff) == 0) continue;
     const uint8_t* copies = a.copies.unit(other, kv_head);
@@ -116,18 +116,40 @@ __device__ inline void find_window(const AttentionParams& a, int req, int kv_hea
   }
 }
 
-// Attend to the copies of a window that are this warp's turn. The last warps begin: they may have
-// one batch less than the others, and whoever has the last batches skips what has copies.
+// The first unit of a window that is this warp's turn. The last warps begin: they may have one batch
+// less than the others, and whoever has the last batches skips what has copies.
+template <typename Traits>
+__device__ inline int first_copied_unit() {
+  return Traits::kWarps - 1 - threadIdx.x / 32;
+}
+
+// Start copying the unit of copies that is this warp's turn, where there is a buffer for it.
+template <typename Traits>
+__device__ inline void fetch_copies(const AttentionParams& a, int kv_head,
+                                    const Sight<Traits>& sight, uint8_t* buffers) {
+  const int i = first_copied_unit<Traits>();
+  if (i >= min(a.copies.window_units, Traits::kCopyBuffers)) return;
+  const int32_t mapped = sight.mapped[i];
+  if ((mapped & 0xffff) == 0) return;
+  const uint8_t* copies = a.copies.unit(mapped, kv_head);
+  const uint32_t buffer = shared_address(buffers + i * Traits::kCopyBytes);
+  for (int at = (threadIdx.x & 31) * 16; at < Traits::kCopyBytes; at += 32 * 16) {
+    cp_async_16(buffer + at, copies + at);
+  }
+}
+
+// Attend to the copies of a window that are this warp's turn.
 template <typename Traits>
 __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
                                      const QueryOperands<Traits>& query,
                                      const ScoreFactors<Traits>& factors,
-                                     const Sight<Traits>& sight, DecodeState<Traits>& state) {
-  constexpr int kLastWarp = Traits::kWarps - 1;
-  for (int i = kLastWarp - threadIdx.x / 32; i < a.copies.window_units; i += Traits::kWarps) {
+                                     const Sight<Traits>& sight, const uint8_t* buffers,
+                                     DecodeState<Traits>& state) {
+  for (int i = first_copied_unit<Traits>(); i < a.copies.window_units; i += Traits::kWarps) {
     const int32_t mapped = sight.mapped[i];
     if ((mapped & 0xffff) == 0) continue;
-    const uint8_t* copies = a.copies.unit(mapped, kv_head);
+    const uint8_t* copies = i < Traits::kCopyBuffers ? buffers + i * Traits::kCopyBytes
+                                                     : a.copies.unit(mapped, kv_head);
     UnitScores<Traits> units[1];
     score_copies<Traits>(copies, query, factors, units);
     sight.hide(sight.window + i * Traits::kUnitTokens, true, units);
@@ -180,6 +202,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     prepare_query<Traits>(p, rows, i / Traits::kNumGroups, i % Traits::kNumGroups, &shared->query);
   }
   __syncthreads();
+  if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
 #pragma unroll
   for (int n = Traits::kEarlyStages; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
   const QueryOperands<Traits> query(shared->query);
@@ -202,9 +225,11 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
       attend_batch<Traits, false>(tables, batch, token, query, factors, sight, state);
     }
   }
-  cp_async_wait<0>();
   if (reads_copies) {
-    attend_copies<Traits>(a, rows.kv_head, query, factors, sight, state);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    attend_copies<Traits>(a, rows.kv_head, query, factors, sight, shared->copies, state);
   }
 
   // 3. Write the partial result.

@@ -53,6 +53,15 @@ struct TilePartials {
   }
 };
 
+// The largest of one number of every warp.
+template <typename Traits>
+__device__ inline float max_of_warps(const float (&of_warp)[Traits::kWarps]) {
+  float max = of_warp[0];
+#pragma unroll
+  for (int w = 1; w < Traits::kWarps; ++w) max = fmaxf(max, of_warp[w]);
+  return max;
+}
+
 // Merge the warps of the CTA and write the partial result of every row.
 template <typename Traits>
 __device__ inline void write_partial(const TilePartials<Traits>& partials, int split,
@@ -61,23 +70,37 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
   constexpr int kGroup = Traits::kGroup;
   typename Traits::Merge& merge = shared->merge;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g8 = lane / 4, t = lane % 4;
-  __syncthreads();  // every warp is done with its ring
 #pragma unroll
   for (int i = 0; i < Traits::kKeyTiles; ++i) {
     float sum = state.sum[i];
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
-    if (g8 == 0) merge.max[warp][4 * i + t] = state.max[i], merge.sum[warp][4 * i + t] = sum;
+    if (g8 == 0) {
+      shared->max[4 * i + t][warp] = state.max[i];
+      shared->sum[4 * i + t][warp] = sum;
+    }
   }
-  const float unit = state.value_scale * (HalfBook<kGroup>::kUnit / kWeightScale);
+  __syncthreads();  // every warp is done with its ring, too
+
+  // This lane has rows 2 t and 2 t + 1, and of each group kGroup / 8 coordinates in a row.
   if (2 * t < Traits::kRows) {
+    const float unit = state.value_scale * (HalfBook<kGroup>::kUnit / kWeightScale);
 #pragma unroll
-    for (int i = 0; i < Traits::kNumGroups * Traits::kValueWords * 4; ++i) {
-      const int g = i / (Traits::kValueWords * 4), w = i / 4 % Traits::kValueWords, tile = i % 4;
-      const int first = g * kGroup + g8 * (kGroup / 8) + 8 * w + 4 * (tile >> 1) + (tile & 1);
+    for (int e = 0; e < 2; ++e) {
+      const int row = 2 * t + e;
+      const float max = max_of_warps<Traits>(shared->max[row]);
+      const float weight = exp2_approx(shared->max[row][warp] - max);
+      if (g8 == 0) merge.sum[row][warp] = weight * shared->sum[row][warp];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        merge.out[warp][2 * t + e % 2][first + e / 2 * 2] = state.out[g][w][tile][e] * unit;
+      for (int g = 0; g < Traits::kNumGroups; ++g) {
+        auto* to = reinterpret_cast<float4*>(merge.row(warp, row) + g * kGroup + g8 * (kGroup / 8));
+#pragma unroll
+        for (int i = 0; i < Traits::kValueWords * 2; ++i) {
+          const auto& even = state.out[g][i / 2][i % 2 * 2];
+          const auto& odd = state.out[g][i / 2][i % 2 * 2 + 1];
+          const float scale = unit * weight;
+          to[i] = {even[e] * scale, odd[e] * scale, even[e + 2] * scale, odd[e + 2] * scale};
+        }
       }
     }
   }
@@ -85,14 +108,11 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
   for (int i = threadIdx.x; i < Traits::kRows * Traits::kHeadDim; i += Traits::kThreads) {
     const int row = i / Traits::kHeadDim, coordinate = i % Traits::kHeadDim;
     if (!partials.rows.contains(row)) break;
-    float max = -FLT_MAX, sum = 0.0f, out = 0.0f;
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) max = fmaxf(max, merge.max[w][row]);
+    float sum = 0.0f, out = 0.0f;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {
-      const float weight = exp2f(merge.max[w][row] - max);
-      sum += weight * merge.sum[w][row];
-      out += weight * merge.out[w][row][coordinate];
+      sum += merge.sum[row][w];
+      out += merge.row(w, row)[coordinate];
     }
     const bool sees_nothing = sum == 0.0f;
     partials.out(split, row)[coordinate] = sees_nothing ? 0.0f : out / sum;
@@ -100,6 +120,7 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
       float bias = 0.0f;
       for (int g = 0; g < Traits::kNumGroups; ++g) bias += shared->query.bias[row][g];
       constexpr float kLn2 = 0.693147180559945f;
+      const float max = max_of_warps<Traits>(shared->max[row]);
       *partials.lse(split, row) = sees_nothing ? -INFINITY : (max + log2f(sum) + bias) * kLn2;
     }
   }
@@ -110,10 +131,9 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
 __device__ inline bool is_last(uint32_t* ticket, int num_splits, bool* shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier, of all threads' writes
-    *shared = atomicAdd(ticket, 1u) == static_cast<uint32_t>(num_splits) - 1;
+    // After the barrier, so that it releases all threads' writes.
+    *shared = add_acq_rel(ticket, 1) == static_cast<uint32_t>(num_splits) - 1;
     if (*shared) *ticket = 0;  // for the next launch
-    __threadfence();
   }
   __syncthreads();
   return *shared;

@@ -57,6 +57,11 @@ struct DecodeTraits {
   static constexpr int kBatchBytes = kBatchUnits * kUnitBytes;
   static constexpr int kRingBytes = kStages * kBatchBytes;  // of one warp
 
+  // Units of copies that are read ahead, while the warps read codes: those of the default window,
+  // where a CTA has an SM's shared memory to itself.
+  static constexpr int kCopyBuffers = kMinCtas == 1 ? 3 : 0;
+  static constexpr int kCopyBytes = SlotLayout{kHeadDim}.copy_offsets().size;
+
   struct Query {
     alignas(16) uint8_t index[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
     alignas(16) uint8_t sign[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
@@ -65,10 +70,13 @@ struct DecodeTraits {
     float bias[kRows][kNumGroups];    // <q, center> of a group, scaled, in log2
     float sink[kRows][kNumGroups];    // <q, sink - center>, likewise
   };
+  // Results of the warps, in units of the largest maximum.
   struct Merge {
-    float out[kWarps][kRows][kHeadDim];
-    float max[kWarps][kRows];
-    float sum[kWarps][kRows];
+    // Lanes write 16 bytes of two rows at once; the padding brings them to different banks.
+    alignas(16) float out[kWarps][kRows / 2][2 * kHeadDim + 4];
+    alignas(16) float sum[kRows][kWarps];
+
+    __device__ float* row(int warp, int row) { return out[warp][row / 2] + row % 2 * kHeadDim; }
   };
   // Splits of a row are shared by some warps.
   static constexpr int kWarpsPerRow = kWarps < kRows ? 1 : kWarps / kRows;
@@ -95,6 +103,9 @@ struct DecodeTraits {
         Combine combine;
       };
     };
+    alignas(16) float max[kRows][kWarps];  // log2, of each warp
+    alignas(16) float sum[kRows][kWarps];  // in units of its maximum
+    alignas(16) uint8_t copies[kCopyBuffers > 0 ? kCopyBuffers * kCopyBytes : 1];
     int32_t window[kWindowUnits];  // entries of Copies::unit_map
     bool is_last;                  // of the request's splits
   };

@@ -64,6 +64,17 @@ __device__ inline uint32_t pack_half2(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&packed);
 }
 
+// Add to a counter and return what it was. What was written before, by threads that a barrier had
+// joined with this one too, is seen after any later addition, by those that a barrier joins with it.
+__device__ inline uint32_t add_acq_rel(uint32_t* counter, uint32_t count) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(count)
+               : "memory");
+  return before;
+}
+
 // Load what other CTAs may have written during this launch, or this one to shared memory.
 __device__ inline float load_relaxed(const float* at) {
   float x;
