@@ -75,7 +75,13 @@ void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Par
                      Stream stream) {
   constexpr float kLog2e = 1.44269504088896f;
   const HeadDimKernels kernels = kernels_of(p.cache.layout.head_dim);
-  kernels.decode({p, partials, plan.num_splits, p.scale * kLog2e}, plan, stream);
+  const DecodeParams params{p,
+                            partials,
+                            Divisor(plan.num_splits),
+                            Divisor(p.num_heads / p.cache.num_kv_heads),
+                            Divisor(p.cache.block_size / kUnitTokens),
+                            p.scale * kLog2e};
+  kernels.decode(params, plan, stream);
 }
 
 }  // namespace tq::cuda

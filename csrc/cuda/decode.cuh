@@ -41,11 +41,10 @@ struct Sight {
     window = a.copies.data ? first_window_unit(seq_len, a.copies.window_units) * Traits::kUnitTokens
                            : INT_MAX;
     fewest = min(seq_len, window);
-    const int query_len = rows.num_rows / rows.group_size;
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
       const int row = 4 * i + (threadIdx.x & 3);
-      const int hidden = query_len - 1 - (rows.first_row + row) / rows.group_size;
+      const int hidden = rows.query_len - 1 - rows.own_token(row);
       visible[i] = a.causal ? seq_len - max(hidden, 0) : seq_len;
       fewest = min(fewest, visible[i]);
     }
@@ -89,35 +88,57 @@ struct Sight {
   }
 };
 
-// Look up the units of a request's window with one warp, and bring closer what of their copies this
-// CTA will read and not fetch.
+// The units of a request's window, one in every lane of a warp, looked up in steps, between which
+// the warp can do other things.
 template <typename Traits>
-__device__ inline void find_window(const AttentionParams& a, int req, int kv_head,
-                                   bool reads_copies, int32_t* mapped) {
-  constexpr int kLineBytes = 128;
-  const int lane = threadIdx.x & 31, seq_len = a.seq_lens[req];
-  const int unit = first_window_unit(seq_len, a.copies.window_units) + lane;
-  const int units_per_block = a.cache.block_size / Traits::kUnitTokens;
-  int32_t mine = 0;
-  if (lane < a.copies.window_units && unit * Traits::kUnitTokens < seq_len) {
-    const int64_t block =
-        a.block_table.data[req * a.block_table.req_stride + unit / units_per_block];
-    mine = a.copies.unit_map[block * units_per_block + unit % units_per_block];
-  }
-  if (lane < Traits::kWindowUnits) mapped[lane] = mine;
-  if (!reads_copies) return;
-  for (int i = Traits::kCopyBuffers; i < a.copies.window_units; ++i) {
-    const int32_t other = __shfl_sync(kAllLanes, mine, i);
-    if ((other & 0xffff) == 0) continue;
-    const uint8_t* copies = a.copies.unit(other, kv_head);
-    for (int at = lane * kLineBytes; at < a.copies.unit_bytes; at += 32 * kLineBytes) {
-      prefetch_l2(copies + at);
+class WindowUnits {
+ public:
+  __device__ WindowUnits(const DecodeParams& p, int req, bool wanted)
+      : a_(p.attention), units_per_block_(p.units_per_block) {
+    const AttentionParams& a = p.attention;
+    const int lane = threadIdx.x & 31, seq_len = a.seq_lens[req];
+    const int unit = first_window_unit(seq_len, a.copies.window_units) + lane;
+    exists_ = wanted && lane < a.copies.window_units && unit * Traits::kUnitTokens < seq_len;
+    if (exists_) {
+      const int block = units_per_block_.divide(unit);
+      unit_in_block_ = unit - block * units_per_block_.value();
+      block_ = a.block_table.data[req * a.block_table.req_stride + block];
     }
   }
-}
 
-// The first unit of a window that is this warp's turn. The last warps begin: they may have one batch
-// less than the others, and whoever has the last batches skips what has copies.
+  // Entries of Copies::unit_map, 0 for what is not there.
+  __device__ void look_up() {
+    if (!exists_) return;
+    mapped_ = a_.copies.unit_map[block_ * units_per_block_.value() + unit_in_block_];
+  }
+
+  // Tell the CTA, and bring closer what it will read of the copies and not fetch.
+  __device__ void share(int kv_head, bool reads_copies, int32_t* window) const {
+    constexpr int kLineBytes = 128;
+    const int lane = threadIdx.x & 31;
+    if (lane < Traits::kWindowUnits) window[lane] = mapped_;
+    if (!reads_copies) return;
+    for (int i = Traits::kCopyBuffers; i < a_.copies.window_units; ++i) {
+      const int32_t other = __shfl_sync(kAllLanes, mapped_, i);
+      if ((other & 0xffff) == 0) continue;
+      const uint8_t* copies = a_.copies.unit(other, kv_head);
+      for (int at = lane * kLineBytes; at < a_.copies.unit_bytes; at += 32 * kLineBytes) {
+        prefetch_l2(copies + at);
+      }
+    }
+  }
+
+ private:
+  const AttentionParams& a_;
+  const Divisor& units_per_block_;
+  bool exists_;
+  int unit_in_block_ = 0;
+  int64_t block_ = 0;
+  int32_t mapped_ = 0;
+};
+
+// The first unit of a window that is this warp's turn. The last warps begin: they may have one
+// batch less than the others, and whoever has the last batches skips what has copies.
 template <typename Traits>
 __device__ inline int first_copied_unit() {
   return Traits::kWarps - 1 - threadIdx.x / 32;
@@ -188,23 +209,27 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   const Sight<Traits> sight(a, rows, req, shared->window);
   const bool reads_copies = a.copies.data && end * Traits::kBatchTokens >= sight.seq_len;
 
-  // 1. Start reading, then prepare the queries while the bytes are on their way.
+  // 1. Start reading, then prepare the queries while the bytes are on their way. What the warps
+  // need first is asked for first: it would wait behind all codes.
+  LoadedQuery<Traits> loaded;
+  if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
   prepare_stream<Traits>(a, &shared->stream);
   __syncthreads();
   uint8_t* ring = shared->ring[warp];
-  DecodeStream<Traits> stream(a, req, rows.kv_head, begin + warp, end, shared->stream, ring);
+  DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, shared->stream, ring);
+  const bool has_window = warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window;
+  WindowUnits<Traits> window(p, req, has_window);
+  stream.look_up();
+  window.look_up();
 #pragma unroll
-  for (int n = 0; n < Traits::kEarlyStages; ++n) stream.fetch(n, n);
-  if (warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window) {
-    find_window<Traits>(a, req, rows.kv_head, reads_copies, shared->window);
-  }
-  for (int i = warp; i < Traits::kRows * Traits::kNumGroups; i += Traits::kWarps) {
-    prepare_query<Traits>(p, rows, i / Traits::kNumGroups, i % Traits::kNumGroups, &shared->query);
+  for (int n = 0; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+  if (has_window) window.share(rows.kv_head, reads_copies, shared->window);
+  for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {
+    if (part != warp) loaded.load(a, rows, part);
+    prepare_query<Traits>(p, loaded, part, &shared->query);
   }
   __syncthreads();
   if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
-#pragma unroll
-  for (int n = Traits::kEarlyStages; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
   const QueryOperands<Traits> query(shared->query);
   const ScoreFactors<Traits> factors(shared->query);
 
@@ -245,27 +270,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const AttentionParams& a = p.attention;
   const int split = blockIdx.x, kv_head = blockIdx.y, req = blockIdx.z;
   const int first_token = a.query_start_loc[req];
-  const int group_size = a.num_heads / a.cache.num_kv_heads;
-  const int num_rows = (a.query_start_loc[req + 1] - first_token) * group_size;
+  const int query_len = a.query_start_loc[req + 1] - first_token;
+  const int num_rows = query_len * p.group_size.value();
 
   // Batches of this split; at least one for every warp, so that short sequences use few splits.
   const int num_batches = (a.seq_lens[req] + Traits::kBatchTokens - 1) / Traits::kBatchTokens;
-  const int share = max((num_batches + p.num_splits - 1) / p.num_splits, Traits::kWarps);
-  const int num_splits = max((num_batches + share - 1) / share, 1);
+  const int share =
+      max(p.num_splits.divide(num_batches + p.num_splits.value() - 1), Traits::kWarps);
   const int begin = split * share, end = min(begin + share, num_batches);
-  if (split >= num_splits) return;
+  if (split > 0 && begin >= num_batches) return;
 
-  const bool only = num_splits == 1;
+  const bool only = num_batches <= share;
   for (int first = 0; first < num_rows; first += Traits::kRows) {
-    const RowRange rows{first_token, kv_head, group_size, first, num_rows};
+    const RowRange rows{p.group_size, first_token, query_len, kv_head, first};
     const TilePartials<Traits> partials{p, rows, only ? &shared->combine : nullptr};
     attend_tile<Traits>(partials, req, split, begin, end, shared);
     if (only) combine_splits<Traits>(partials, 1, shared);
   }
+  if (only) return;
+  const int num_splits = (num_batches + share - 1) / share;
   uint32_t* ticket = p.partials.tickets + req * a.cache.num_kv_heads + kv_head;
-  if (only || !is_last(ticket, num_splits, &shared->is_last)) return;
+  if (!is_last(ticket, num_splits, &shared->is_last)) return;
   for (int first = 0; first < num_rows; first += Traits::kRows) {
-    const RowRange rows{first_token, kv_head, group_size, first, num_rows};
+    const RowRange rows{p.group_size, first_token, query_len, kv_head, first};
     combine_splits<Traits>({p, rows, nullptr}, num_splits, shared);
   }
 }
@@ -273,7 +300,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 template <typename Traits>
 void launch_traits(const DecodeParams& p, Stream stream) {
   const AttentionParams& a = p.attention;
-  launch(decode_kernel<Traits>, dim3(p.num_splits, a.cache.num_kv_heads, a.num_reqs),
+  launch(decode_kernel<Traits>, dim3(p.num_splits.value(), a.cache.num_kv_heads, a.num_reqs),
          Traits::kThreads, sizeof(typename Traits::Shared), static_cast<cudaStream_t>(stream), p);
 }
 

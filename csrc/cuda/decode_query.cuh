@@ -10,17 +10,20 @@ namespace tq::cuda {
 
 // Rows of one KV head of one request.
 struct RowRange {
-  int64_t first_token;  // of the request, in query
+  const Divisor& group_size;  // query heads of a KV head
+  int64_t first_token;        // of the request, in query
+  int query_len;              // tokens of the request
   int kv_head;
-  int group_size;  // query heads of a KV head
   int first_row;
-  int num_rows;  // of the request; rows past it are padding
 
-  __device__ int64_t token(int row) const { return first_token + (first_row + row) / group_size; }
+  __device__ int num_rows() const { return query_len * group_size.value(); }
+  __device__ bool contains(int row) const { return first_row + row < num_rows(); }
+  // Token of the request, and in query, that a row, or padding, belongs to.
+  __device__ int own_token(int row) const { return group_size.divide(first_row + row); }
+  __device__ int64_t token(int row) const { return first_token + own_token(row); }
   __device__ int head(int row) const {
-    return kv_head * group_size + (first_row + row) % group_size;
+    return kv_head * group_size.value() + first_row + row - own_token(row) * group_size.value();
   }
-  __device__ bool contains(int row) const { return first_row + row < num_rows; }
 };
 
 // Write `value` in 15 bits, its high and low part in neighbouring columns of the operand at
@@ -34,30 +37,47 @@ __device__ inline void write_operand(uint8_t (*operand)[2][kColumns][4][4],
   columns[column + 1][position.lane][position.byte] = static_cast<uint8_t>(low);
 }
 
-// Prepare group `g` of one row with one warp.
+// This lane's coordinates of one part of a query tile, which is a group of a row, and of the frame.
 template <typename Traits>
-__device__ inline void prepare_query(const DecodeParams& p, const RowRange& rows, int row, int g,
-                                     typename Traits::Query* out) {
+struct LoadedQuery {
+  static constexpr int kCount = kPerLane<Traits::kGroup>;
+  RowElements<kCount> q;
+  float center[kCount] = {}, sink[kCount] = {}, balance[kCount];
+
+  __device__ void load(const AttentionParams& a, const RowRange& rows, int part) {
+    const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
+    const int at = g * Traits::kGroup + (threadIdx.x & 31) * kCount;
+    q = {};
+    for (float& x : balance) x = 1.0f;
+    if (!rows.contains(row)) return;
+    q.load(a.query, rows.token(row), rows.head(row), at);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      center[e] = a.key_frame.center(rows.kv_head)[at + e];
+      sink[e] = a.key_frame.sink(rows.kv_head)[at + e];
+      balance[e] = a.key_frame.balance(rows.kv_head)[at + e];
+    }
+  }
+};
+
+// Prepare one part with one warp.
+template <typename Traits>
+__device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Traits>& loaded,
+                                     int part, typename Traits::Query* out) {
   constexpr int kGroup = Traits::kGroup, kCount = kPerLane<kGroup>;
   constexpr float kLargest = 127.0f * 128.0f;
-  const AttentionParams& a = p.attention;
   const int lane = threadIdx.x & 31, first = lane * kCount;
+  const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
   const int column = row / 4 * 8 + row % 4 * 2;
 
   // 1. q1 = H D1 B^-1 q and q2 = H D2 q1, softmax scale included.
-  float q[kCount] = {}, diagonal[kCount], bias = 0.0f, sink = 0.0f;
-  if (rows.contains(row)) {
-    read_row(a.query, rows.token(row), rows.head(row), g * kGroup + first, q);
-    const int at = g * kGroup + first;
-    const float* from = a.key_frame.center(rows.kv_head) + at;
-    const float* to = a.key_frame.sink(rows.kv_head) + at;
-    const float* balance = a.key_frame.balance(rows.kv_head) + at;
+  float q[kCount], diagonal[kCount], bias = 0.0f, sink = 0.0f;
+  loaded.q.convert(p.attention.query.dtype, q);
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      bias += q[e] * from[e];
-      sink += q[e] * (to[e] - from[e]);
-      q[e] = __fdividef(q[e], balance[e]);
-    }
+  for (int e = 0; e < kCount; ++e) {
+    bias += q[e] * loaded.center[e];
+    sink += q[e] * (loaded.sink[e] - loaded.center[e]);
+    q[e] = __fdividef(q[e], loaded.balance[e]);
   }
   bias = warp_sum(bias);
   sink = warp_sum(sink);

@@ -13,6 +13,7 @@ template <typename Traits>
 __device__ inline void prepare_stream(const AttentionParams& p, typename Traits::Stream* stream) {
   const BlockOffsets at = p.cache.layout.offsets(p.cache.block_size);
   const int scale_row = p.cache.block_size * kScaleBytes;
+#pragma unroll 1
   for (int i = threadIdx.x; i < Traits::kChunksPerLane * 32; i += Traits::kThreads) {
     const int byte = i * 16;
     int offset = static_cast<int>(at.key_index) + byte, step = Traits::kIndexBytes;
@@ -43,9 +44,10 @@ class DecodeStream {
   static constexpr int kLookUp =
       32 / Traits::kBatchUnits;  // batches whose blocks are found at once
 
-  __device__ DecodeStream(const AttentionParams& p, int req, int kv_head, int first, int end,
+  __device__ DecodeStream(const DecodeParams& p, int req, int kv_head, int first, int end,
                           const typename Traits::Stream& shared, uint8_t* ring)
-      : p_(p),
+      : p_(p.attention),
+        units_per_block_(p.units_per_block),
         req_(req),
         kv_head_(kv_head),
         first_(first),
@@ -60,10 +62,16 @@ class DecodeStream {
   // First token of the stream's batch n.
   __device__ int token(int n) const { return (first_ + n * Traits::kWarps) * Traits::kBatchTokens; }
 
-  // Start copying batch n into the ring's slot. All lanes are done with what it held.
+  // Find the first batches.
+  __device__ void look_up() {
+    if (num_batches() > 0) look_up(0);
+  }
+
+  // Start copying batch n into the ring's slot. All lanes are done with what it held. The first
+  // batches were found by look_up().
   __device__ void fetch(int n, int slot) {
     if (n < num_batches()) {
-      if (n % kLookUp == 0) look_up(n);
+      if (n > 0 && n % kLookUp == 0) look_up(n);
       copy(n % kLookUp, slot);
     }
     cp_async_commit();  // one group for every call, so that the waiter can count them
@@ -83,9 +91,8 @@ class DecodeStream {
     const int unit = batch * Traits::kBatchUnits + lane % Traits::kBatchUnits;
     region_ = nullptr;
     if (batch < end_ && int64_t{unit} * Traits::kUnitTokens < p_.seq_lens[req_]) {
-      const unsigned units_per_block = p_.cache.block_size / Traits::kUnitTokens;
-      const unsigned block = static_cast<unsigned>(unit) / units_per_block;
-      unit_in_block_ = unit - block * units_per_block;
+      const int block = units_per_block_.divide(unit);
+      unit_in_block_ = unit - block * units_per_block_.value();
       region_ = region_of(p_.cache, p_.block_table.data[req_ * p_.block_table.req_stride + block],
                           kv_head_);
     }
@@ -112,6 +119,7 @@ class DecodeStream {
   }
 
   const AttentionParams& p_;
+  const Divisor& units_per_block_;
   const int req_, kv_head_, first_, end_;
   const typename Traits::Stream& shared_;
   const uint32_t ring_;              // this lane's first piece of slot 0

@@ -5,6 +5,7 @@
 
 #include "core/layout.h"
 #include "core/params.h"
+#include "cuda/divisor.cuh"
 #include "cuda/kernels.h"
 
 namespace tq::cuda {
@@ -12,7 +13,9 @@ namespace tq::cuda {
 struct DecodeParams {
   AttentionParams attention;
   Partials partials;
-  int num_splits;
+  Divisor num_splits;
+  Divisor group_size;  // query heads of a KV head
+  Divisor units_per_block;
   float scale_log2;  // softmax scale * log2(e)
 };
 
@@ -34,12 +37,10 @@ struct DecodeTraits {
   // Units from the first of a window on that a batch with tokens of it may have.
   static constexpr int kWindowUnits = kMostWindowUnits + kBatchUnits;
   static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
-  // Copied before queries are prepared. With more, a warp's first batch would wait behind the later
-  // ones of the others.
-  static constexpr int kEarlyStages = 2;
 
   // A query is two int8 numbers, high and low, in neighbouring columns of the key products.
   static constexpr int kKeyTiles = kRows / 4;
+  static constexpr int kQueryParts = kRows * kNumGroups;  // each prepared by one warp
   static constexpr int kProducts = kGroup / 32;
   static constexpr int kValueWords = kGroup / 64;  // of 8 coordinates, per lane
 

@@ -65,7 +65,8 @@ __device__ inline uint32_t pack_half2(float low, float high) {
 }
 
 // Add to a counter and return what it was. What was written before, by threads that a barrier had
-// joined with this one too, is seen after any later addition, by those that a barrier joins with it.
+// joined with this one too, is seen after any later addition, by those that a barrier joins with
+// it.
 __device__ inline uint32_t add_acq_rel(uint32_t* counter, uint32_t count) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"

@@ -87,35 +87,67 @@ __device__ inline void lane_signs(float (&sign)[kPerLane<kGroup>]) {
   for (int e = 0; e < kCount; ++e) sign[e] = (word >> ((first + e) % 64)) & 1 ? 1.0f : -1.0f;
 }
 
+// Elements of a row as they are in memory, so that loading them does not wait for them.
+template <int kCount>
+class RowElements {
+ public:
+  __device__ void load(const Rows& rows, int64_t token, int head, int first) {
+    const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
+    if (rows.dtype == Dtype::kFloat32) {
+      load<uint32_t>(rows.data, at);
+    } else {
+      load<uint16_t>(rows.data, at);
+    }
+  }
+
+  __device__ void convert(Dtype dtype, float (&x)[kCount]) const {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (dtype == Dtype::kBfloat16) {
+        x[e] = __uint_as_float(bits_[e] << 16);
+      } else if (dtype == Dtype::kFloat16) {
+        x[e] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits_[e])));
+      } else {
+        x[e] = __uint_as_float(bits_[e]);
+      }
+    }
+  }
+
+ private:
+  template <typename Bits>
+  __device__ void load(const void* data, int64_t at) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) bits_[e] = static_cast<const Bits*>(data)[at + e];
+  }
+
+  uint32_t bits_[kCount] = {};
+};
+
+template <typename T, int kCount>
+__device__ inline void write_elements(void* data, int64_t at, const float (&x)[kCount]) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) static_cast<T*>(data)[at + e] = static_cast<T>(x[e]);
+}
+
 template <int kCount>
 __device__ inline void read_row(const Rows& rows, int64_t token, int head, int first,
                                 float (&x)[kCount]) {
-  const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    if (rows.dtype == Dtype::kBfloat16) {
-      x[e] = __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[at + e]);
-    } else if (rows.dtype == Dtype::kFloat16) {
-      x[e] = __half2float(static_cast<const __half*>(rows.data)[at + e]);
-    } else {
-      x[e] = static_cast<const float*>(rows.data)[at + e];
-    }
-  }
+  RowElements<kCount> elements;
+  elements.load(rows, token, head, first);
+  elements.convert(rows.dtype, x);
 }
 
 template <int kCount>
 __device__ inline void write_row(const MutableRows& rows, int64_t token, int head, int first,
                                  const float (&x)[kCount]) {
   const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    if (rows.dtype == Dtype::kBfloat16) {
-      static_cast<__nv_bfloat16*>(rows.data)[at + e] = __float2bfloat16_rn(x[e]);
-    } else if (rows.dtype == Dtype::kFloat16) {
-      static_cast<__half*>(rows.data)[at + e] = __float2half_rn(x[e]);
-    } else {
-      static_cast<float*>(rows.data)[at + e] = x[e];
-    }
+  switch (rows.dtype) {
+    case Dtype::kBfloat16:
+      return write_elements<__nv_bfloat16>(rows.data, at, x);
+    case Dtype::kFloat16:
+      return write_elements<__half>(rows.data, at, x);
+    case Dtype::kFloat32:
+      return write_elements<float>(rows.data, at, x);
   }
 }
 
