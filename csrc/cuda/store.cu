@@ -1,11 +1,12 @@
 // Store: rotate, quantize, sketch and scatter keys and values.
 //
-// Grid: one warp per (token, KV head, key or value, group); a lane holds group / 32 consecutive
-// coordinates. The arithmetic is reference.py's (encode_keys, encode_values) in the same order, so
-// the bytes are equal. Tokens whose unit has a place among the copies are also written there, in 8
-// bits (reference_recent.py). Latency-bound at decode (a few hundred vectors); at prefill about 15
-// shuffles a coordinate of a lane.
+// Grid: [num_tokens, CTAs of a token]; one warp per (KV head, key or value, group), a lane holds
+// group / 32 consecutive coordinates. The arithmetic is reference.py's (encode_keys, encode_values)
+// in the same order, so the bytes are equal. Tokens whose unit has a place among the copies are
+// also written there, in 8 bits (reference_recent.py). Latency-bound at decode (a few hundred
+// vectors); at prefill about 15 shuffles a coordinate of a lane.
 #include "core/codebook.h"
+#include "cuda/divisor.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/warp.cuh"
@@ -15,6 +16,16 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.0f;
+
+struct StoreLaunch {
+  StoreParams params;
+  Divisor num_groups;
+  Divisor units_per_block;
+
+  int vectors_per_token() const {
+    return params.cache.num_kv_heads * 2 * params.cache.layout.num_groups();
+  }
+};
 
 // Lane's share of one coded group.
 struct LaneCode {
@@ -161,36 +172,43 @@ __device__ void write_copy(const float (&x)[kPerLane<kGroup>], bool at_sink, uin
 }
 
 template <int kGroup>
-__global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p) {
+__global__ void __launch_bounds__(kWarps * 32)
+    store_kernel(const __grid_constant__ StoreLaunch launch) {
   constexpr int kCount = kPerLane<kGroup>;
+  const StoreParams& p = launch.params;
   const SlotLayout layout = p.cache.layout;
-  const int num_groups = layout.num_groups(), block_size = p.cache.block_size;
+  const int block_size = p.cache.block_size;
   const int lane = threadIdx.x & 31;
 
-  // 1. Find the vector.
-  int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  const int group = static_cast<int>(item % num_groups);
-  item /= num_groups;
-  const bool is_value = item % 2;
-  item /= 2;
-  const int kv_head = static_cast<int>(item % p.cache.num_kv_heads);
-  const int64_t token = item / p.cache.num_kv_heads;
-  if (token >= p.num_tokens) return;
+  // 1. Find the vector and its slot, and ask for all that is read.
+  const int64_t token = blockIdx.x;
+  const int vector = blockIdx.y * kWarps + threadIdx.x / 32;
+  const int head_and_kind = launch.num_groups.divide(vector);
+  const int group = vector - head_and_kind * launch.num_groups.value();
+  const int kv_head = head_and_kind / 2;
+  const bool is_value = head_and_kind % 2;
+  if (kv_head >= p.cache.num_kv_heads) return;
   const int64_t slot = p.slot_mapping[token];
-  if (slot < 0) return;
-
-  // 2. Read and code it.
   const int first = group * kGroup + lane * kCount;
+  RowElements<kCount> elements;
+  elements.load(is_value ? p.value : p.key, token, kv_head, first);
+  if (slot < 0) return;
+  const Copies& copies = p.copies;
+  const int unit = static_cast<int>(slot / kUnitTokens);  // fits, as in unit_map
+  const int32_t mapped = copies.data ? copies.unit_map[unit] : 0;
+
+  // 2. Code it.
   float x[kCount];
-  read_row(is_value ? p.value : p.key, token, kv_head, first, x);
+  elements.convert(is_value ? p.value.dtype : p.key.dtype, x);
   const LaneCode code =
       is_value ? encode_value<kGroup>(x)
                : encode_key<kGroup>(x, p.key_frame.center(kv_head) + first, layout.head_dim);
 
   // 3. Write it.
   const BlockOffsets at = layout.offsets(block_size);
-  uint8_t* region = region_of(p.cache, slot / block_size, kv_head);
-  const int64_t offset = slot % block_size;
+  const int64_t block = launch.units_per_block.divide(unit);
+  const int64_t offset = slot - block * block_size;
+  uint8_t* region = region_of(p.cache, block, kv_head);
   uint8_t* index = region + (is_value ? at.value_index : at.key_index) +
                    offset * layout.index_bytes() + group * (kGroup / 4);
   scatter_bits<kIndexBits * kCount>(code.index, index);
@@ -205,17 +223,15 @@ __global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p)
   }
 
   // 4. Copy it, if its unit has a place.
-  const Copies& copies = p.copies;
-  const int32_t mapped = copies.data ? copies.unit_map[slot / kUnitTokens] : 0;
   if (mapped == 0) return;
   const CopyOffsets in = layout.copy_offsets();
-  uint8_t* unit = copies.unit(mapped, kv_head);
+  uint8_t* to = copies.unit(mapped, kv_head);
   const int in_unit = static_cast<int>(slot % kUnitTokens);
   if (is_value) {
-    write_copy<kGroup, kValueSigns>(x, false, unit + in.value, unit + in.value_scale,
-                                    layout.head_dim, group, in_unit);
+    write_copy<kGroup, kValueSigns>(x, false, to + in.value, to + in.value_scale, layout.head_dim,
+                                    group, in_unit);
   } else {
-    write_copy<kGroup, kKeySigns>(x, signbit(code.scale), unit + in.key, unit + in.key_scale,
+    write_copy<kGroup, kKeySigns>(x, signbit(code.scale), to + in.key, to + in.key_scale,
                                   layout.head_dim, group, in_unit);
   }
 }
@@ -223,11 +239,13 @@ __global__ void __launch_bounds__(kWarps * 32) store_kernel(const StoreParams p)
 }  // namespace
 
 void store(const StoreParams& p, Stream stream) {
-  const int64_t num_vectors = p.num_tokens * p.cache.num_kv_heads * 2 * p.cache.layout.num_groups();
-  if (num_vectors == 0) return;
-  const dim3 grid(static_cast<unsigned>((num_vectors + kWarps - 1) / kWarps));
+  if (p.num_tokens == 0) return;
+  const StoreLaunch params{p, Divisor(p.cache.layout.num_groups()),
+                           Divisor(p.cache.block_size / kUnitTokens)};
+  const int ctas_per_token = (params.vectors_per_token() + kWarps - 1) / kWarps;
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), ctas_per_token);
   const auto kernel = p.cache.layout.group() == 64 ? store_kernel<64> : store_kernel<128>;
-  launch(kernel, grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream), p);
+  launch(kernel, grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream), params);
 }
 
 }  // namespace tq::cuda

@@ -130,14 +130,6 @@ __device__ inline void write_elements(void* data, int64_t at, const float (&x)[k
 }
 
 template <int kCount>
-__device__ inline void read_row(const Rows& rows, int64_t token, int head, int first,
-                                float (&x)[kCount]) {
-  RowElements<kCount> elements;
-  elements.load(rows, token, head, first);
-  elements.convert(rows.dtype, x);
-}
-
-template <int kCount>
 __device__ inline void write_row(const MutableRows& rows, int64_t token, int head, int first,
                                  const float (&x)[kCount]) {
   const int64_t at = token * rows.token_stride + head * rows.head_stride + first;
