@@ -97,6 +97,7 @@ def paged_attention(
     recent: Tensor | None = None,
     unit_map: Tensor | None = None,
     window_units: int = 0,
+    sliding_window: int = 0,
 ) -> None:
     """Attend to cached tokens; see ``reference.attention``.
 
@@ -104,13 +105,14 @@ def paged_attention(
         query: [num_tokens, num_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
             contiguous.
-        block_table: [num_reqs, max_blocks] int32; entries past a request's tokens are not read.
+        block_table: [num_reqs, max_blocks] int32; entries past a request's tokens are not read, and
+            of blocks that no row sees, which must exist, nothing enters the result.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
         key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
         scale: Softmax scale.
         causal: Whether the last query row of a request sees all its tokens, the one before it one
-            less.
+            less; otherwise, every row sees all, as if it came after them.
         out: [>= num_tokens, num_heads, head_dim], any of the dtypes of ``query``; rows past
             ``query_start_loc[-1]`` stay untouched.
         lse: [num_heads, >= num_tokens] float32, natural logarithm.
@@ -122,6 +124,8 @@ def paged_attention(
             codes where a request's window has them; see ``reference_recent``.
         unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
         window_units: Units of 16 tokens of a window, 1 to 8.
+        sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit. See
+            ``reference.visible_tokens``.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -142,6 +146,7 @@ def paged_attention(
         recent,
         unit_map,
         window_units,
+        sliding_window,
     )
 
 
@@ -269,6 +274,7 @@ def _paged_attention_fake(
     recent: Tensor | None = None,
     unit_map: Tensor | None = None,
     window_units: int = 0,
+    sliding_window: int = 0,
 ) -> None:
     """Writes in place, returns nothing."""
 

@@ -231,20 +231,21 @@ def store(
 
 
 def load(
-    kv_cache: Tensor, block_table: Tensor, seq_len: int, layout: SlotLayout
+    kv_cache: Tensor, block_table: Tensor, seq_len: int, layout: SlotLayout, first: int = 0
 ) -> tuple[KeyCode, ValueCode]:
     """Read back the codes of one sequence.
 
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         block_table: [>= ceil(seq_len / block_size)] integer block ids.
-        seq_len: Tokens to read.
+        seq_len: Tokens of the sequence.
+        first: First token to read.
 
     Returns:
-        Codes with leading axes [seq_len, num_kv_heads].
+        Codes with leading axes [seq_len - first, num_kv_heads].
     """
     block_size = kv_cache.shape[2]
-    position = torch.arange(seq_len)
+    position = torch.arange(first, seq_len)
     block, offset = block_table[position // block_size].long(), position % block_size
     arrays = block_arrays(kv_cache, layout)
     key_scale = arrays["key_scale"][block, :, :, offset]
@@ -286,6 +287,35 @@ def block_arrays(kv_cache: Tensor, layout: SlotLayout) -> dict[str, Tensor]:
     return arrays
 
 
+def visible_tokens(
+    num_rows: int, seq_len: int, *, causal: bool = True, sliding_window: int = 0
+) -> Tensor:
+    """Which cached tokens the query rows of a request see.
+
+    With ``causal``, the rows are the last of the request's ``seq_len`` tokens; otherwise, they come
+    right after these. The row at position p sees tokens up to p, of these the last
+    ``sliding_window``: p - sliding_window + 1 to p.
+
+    Args:
+        num_rows: Query rows.
+        seq_len: Cached tokens.
+        causal: See above.
+        sliding_window: 0 for no window.
+
+    Returns:
+        [num_rows, seq_len] bool.
+    """
+    position = seq_len + torch.arange(num_rows)[:, None] - (num_rows if causal else 0)
+    token = torch.arange(seq_len)
+    visible = token <= position
+    return visible & (token > position - sliding_window) if sliding_window else visible
+
+
+def first_visible(visible: Tensor) -> int:
+    """The first token that any row sees: [num_rows, seq_len] bool, not all False."""
+    return int(visible.any(dim=0).nonzero()[0])
+
+
 def attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -296,6 +326,7 @@ def attention(
     scale: float,
     *,
     causal: bool = True,
+    sliding_window: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attend to codes, without ever rotating a key or a value.
@@ -303,13 +334,16 @@ def attention(
     Args:
         query: [num_tokens, num_heads, head_dim].
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
-        block_table: [num_reqs, max_blocks] integer; entries past a request's blocks are not read.
+        block_table: [num_reqs, max_blocks] integer; entries past a request's blocks are not read,
+            nor those of blocks that no row sees.
         seq_lens: [num_reqs] integer, cached tokens to attend to; 0 is allowed.
         query_start_loc: [num_reqs + 1] integer, first query row of each request.
         key_frame: [num_kv_heads, 3, head_dim] float32.
         scale: Softmax scale.
         causal: The last query row of a request sees all its seq_len tokens, the one before it one
             token less, and so on; otherwise every row sees all.
+        sliding_window: How many tokens, its own included, a row sees at most; 0 for no limit. See
+            ``visible_tokens``, also for rows that are not causal.
         dtype: Precision of the arithmetic.
 
     Returns:
@@ -326,14 +360,15 @@ def attention(
     starts = query_start_loc.tolist()
     for req, seq_len in enumerate(seq_lens.tolist()):
         first, last = starts[req], starts[req + 1]
-        if seq_len == 0 or first == last:
+        visible = visible_tokens(
+            last - first, seq_len, causal=causal, sliding_window=sliding_window
+        )
+        if not visible.any():
             continue
-        key, value = load(kv_cache, block_table[req], seq_len, layout)
+        begin = first_visible(visible)
+        key, value = load(kv_cache, block_table[req], seq_len, layout, begin)
         scores = scale * score_codes(grouped[first:last], key, key_frame, layout)
-        if causal:
-            visible = seq_len - (last - first) + torch.arange(last - first) + 1
-            hidden = torch.arange(seq_len) >= visible[:, None]
-            scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
+        scores = scores.masked_fill(~visible[:, None, None, begin:], -torch.inf)
         lse[first:last] = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[first:last, ..., None])
         sees_nothing = lse[first:last] == -torch.inf

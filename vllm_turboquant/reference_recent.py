@@ -44,8 +44,10 @@ from vllm_turboquant.reference import (
     _split,
     decode_keys,
     decode_values,
+    first_visible,
     load,
     tree_sum,
+    visible_tokens,
 )
 from vllm_turboquant.rotation import ROTATION, hadamard
 
@@ -196,12 +198,14 @@ def attention_with_copies(
     window_units: int,
     *,
     causal: bool = True,
+    sliding_window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attend to copies in the window of a request and to codes elsewhere, in float64.
 
     Args:
         query: [num_tokens, num_heads, head_dim].
-        kv_cache: As for ``reference.attention``, as are those up to ``scale``, and ``causal``.
+        kv_cache: As for ``reference.attention``, as are those up to ``scale``, ``causal`` and
+            ``sliding_window``.
         recent: [num_places, num_kv_heads, unit_bytes] uint8.
         unit_map: [num_units] int32.
         window_units: Units of a window.
@@ -216,16 +220,17 @@ def attention_with_copies(
     lse = torch.full(grouped.shape[:-1], -torch.inf, dtype=torch.float64)
     spans = pairwise(query_start_loc.tolist())
     for req, ((first, last), seq_len) in enumerate(zip(spans, seq_lens.tolist(), strict=True)):
-        if seq_len == 0 or first == last:
+        visible = visible_tokens(
+            last - first, seq_len, causal=causal, sliding_window=sliding_window
+        )
+        if not visible.any():
             continue
+        begin = first_visible(visible)
         key, value = read(
-            kv_cache, block_table[req], seq_len, key_frame, recent, unit_map, window_units
+            kv_cache, block_table[req], seq_len, key_frame, recent, unit_map, window_units, begin
         )
         scores = scale * torch.einsum("qhrd,thd->qhrt", grouped[first:last], key)
-        if causal:
-            visible = seq_len - (last - first) + torch.arange(last - first) + 1
-            hidden = torch.arange(seq_len) >= visible[:, None]
-            scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
+        scores = scores.masked_fill(~visible[:, None, None, begin:], -torch.inf)
         lse[first:last] = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[first:last, ..., None]).nan_to_num(nan=0.0)
         out[first:last] = torch.einsum("qhrt,thd->qhrd", weights, value)
@@ -240,6 +245,7 @@ def read(
     recent: Tensor,
     unit_map: Tensor,
     window_units: int | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Read back one sequence from copies in its window and from codes elsewhere.
 
@@ -249,25 +255,28 @@ def read(
         recent: [num_places, num_kv_heads, unit_bytes] uint8.
         unit_map: [num_units] int32.
         window_units: Units of the window; None for all, as ``ops.dequantize`` reads.
+        first: First token to read.
 
     Returns:
-        Keys and values, [seq_len, num_kv_heads, head_dim] float64.
+        Keys and values, [seq_len - first, num_kv_heads, head_dim] float64.
     """
     layout = SlotLayout(key_frame.shape[-1])
-    key_code, value_code = load(kv_cache, block_table, seq_len, layout)
+    key_code, value_code = load(kv_cache, block_table, seq_len, layout, first)
     key, value = decode_keys(key_code, key_frame, layout), decode_values(value_code, layout)
     units = _units(block_table, seq_len, kv_cache.shape[2])
     arrays = recent_arrays(recent, layout)
     center, sink, balance = (_split(part, layout) for part in key_frame.double().unbind(dim=1))
     first_of_window = 0 if window_units is None else max(0, len(units) - window_units)
-    for i in range(first_of_window, len(units)):
+    for i in range(max(first_of_window, first // UNIT_TOKENS), len(units)):
         mapped = int(unit_map[units[i]])
         offsets = [
-            o for o in range(UNIT_TOKENS) if mapped >> o & 1 and i * UNIT_TOKENS + o < seq_len
+            o
+            for o in range(UNIT_TOKENS)
+            if mapped >> o & 1 and first <= i * UNIT_TOKENS + o < seq_len
         ]
         if not offsets:
             continue
-        place, rows = (mapped >> 16) - 1, torch.tensor(offsets) + i * UNIT_TOKENS
+        place, rows = (mapped >> 16) - 1, torch.tensor(offsets) + i * UNIT_TOKENS - first
         parts = {}
         for name, signs in (("key", ROTATION.key), ("value", ROTATION.value)):
             code = arrays[name][place][:, offsets].transpose(0, 1)

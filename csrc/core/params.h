@@ -95,6 +95,8 @@ struct StoreParams {
   Copies copies;
 };
 
+inline constexpr int kNoSlidingWindow = 1 << 30;  // longer than any sequence
+
 struct AttentionParams {
   Rows query;  // [>= num_tokens, num_heads, head_dim]
   Cache cache;
@@ -104,12 +106,23 @@ struct AttentionParams {
   KeyFrame key_frame;
   float scale;
   bool causal;
+  int sliding_window;  // at least 1
   MutableRows out;     // [>= num_tokens, num_heads, head_dim]
   float* lse;          // [num_heads, num_tokens]
   int64_t lse_stride;  // between heads
   int num_reqs;
   int num_heads;
   Copies copies;
+
+  // A query token sees those of the request's tokens that are below this number, of these the last
+  // sliding_window (reference.py: visible_tokens). May be negative, or past the request's tokens.
+  TQ_HOST_DEVICE int sees_below(int seq_len, int query_len, int query_token) const {
+    return seq_len + query_token + 1 - (causal ? query_len : 0);
+  }
+  TQ_HOST_DEVICE int first_seen(int seq_len, int query_len, int query_token) const {
+    const int first = sees_below(seq_len, query_len, query_token) - sliding_window;
+    return first > 0 ? first : 0;
+  }
 };
 
 // Which units get a place among the copies; see reference_recent.assign.

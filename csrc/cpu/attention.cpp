@@ -115,19 +115,20 @@ class TilePass {
     ahead_.start(cache_, blocks, tile_->kv_head, partial->begin + kTokens, lines);
     for (int64_t token = partial->begin; token < partial->end; token += kTokens) {
       ahead_.allow(std::min(partial->end, token + 2 * kTokens));
-      const int64_t left = partial->end - token;
+      const int64_t left = partial->end - token, unseen = plan_.first_seen(*tile_, 0) - token;
       num_units_ = static_cast<int>((std::min<int64_t>(kTokens, left) + kLanes - 1) / kLanes);
       for (int u = 0; u < num_units_; ++u) {
         units_[u] = locate(cache_, blocks, tile_->kv_head, token + u * kLanes);
       }
-      find_copies(blocks, token, std::min<int64_t>(kTokens, left));
+      find_copies(blocks, token, unseen, std::min<int64_t>(kTokens, left));
       score();
       score_copies();
       for (int r = 0; r < tile_->num_rows; ++r) {
         ahead_.step();
-        weigh(r, std::min(partial->end, plan_.visible(*tile_, r)) - token);
+        weigh(r, plan_.first_seen(*tile_, r) - token,
+              std::min(partial->end, plan_.last_seen(*tile_, r)) - token);
       }
-      accumulate(left);
+      accumulate(unseen, left);
       accumulate_copies();
     }
   }
@@ -138,13 +139,14 @@ class TilePass {
 
   Query* query(int g, int row) const { return &query_[g * kRowTile + row]; }
 
-  // Find which of `count` tokens from `token` on are read from copies.
-  void find_copies(const int32_t* blocks, int64_t token, int64_t count) {
+  // Find which of `count` tokens from `token` on, but for `unseen` ones, are read from copies.
+  void find_copies(const int32_t* blocks, int64_t token, int64_t unseen, int64_t count) {
     num_copied_ = 0;
     const Copies& copies = plan_.p.copies;
     if (!copies.data) return;
     const int window = first_window_unit(plan_.p.seq_lens[tile_->req], copies.window_units);
-    for (int64_t i = std::max<int64_t>(0, int64_t{window} * kUnitTokens - token); i < count; ++i) {
+    const int64_t first = std::max(unseen, int64_t{window} * kUnitTokens - token);
+    for (int64_t i = std::max<int64_t>(0, first); i < count; ++i) {
       const int64_t block = blocks[(token + i) / cache_.block_size];
       const int64_t slot = block * cache_.block_size + (token + i) % cache_.block_size;
       const int32_t mapped = copies.unit_map[slot / kUnitTokens];
@@ -219,15 +221,18 @@ class TilePass {
     }
   }
 
-  // 2. Mask, update the running maximum and sum, and turn the scores of row `r`, which sees `seen`
-  // of these tokens, into weights.
-  void weigh(int r, int64_t seen) {
+  // 2. Mask, update the running maximum and sum, and turn the scores of row `r`, which sees tokens
+  // [first, last) from here on, into weights.
+  void weigh(int r, int64_t first, int64_t last) {
     float* row = weights_[r];
-    for (int64_t i = std::max<int64_t>(0, seen); i < num_units_ * kLanes; ++i) row[i] = kNoScore;
-    if (seen <= 0) {
-      std::fill_n(row, num_units_ * kLanes, 0.0f);
+    const int64_t count = num_units_ * kLanes;
+    first = std::max<int64_t>(0, first), last = std::min(last, count);
+    if (first >= last) {
+      std::fill_n(row, count, 0.0f);
       return;
     }
+    std::fill(row, row + first, kNoScore);
+    std::fill(row + last, row + count, kNoScore);
     Lanes max = load(row);
     for (int u = 1; u < num_units_; ++u) {
       const Lanes scores = load(row + u * kLanes);
@@ -250,15 +255,17 @@ class TilePass {
     partial_->sum[r] += reduce_add(sum);
   }
 
-  // 3. Add the weighted values of codes; `left` tokens are in the split.
-  void accumulate(int64_t left) {
+  // 3. Add the weighted values of codes; `left` tokens are in the split, of these the first `unseen`
+  // are none that a row sees.
+  void accumulate(int64_t unseen, int64_t left) {
     float* out[kRowTile];
     for (int g = 0; g < cache_.layout.num_groups(); ++g) {
       ahead_.step();
       codes_.load_values(units_, num_units_, cache_.layout, at_, g);
       load_all_scales(at_.value_scale, g);
-      // NOTE: past the end, and where there is a copy, the scale may be NaN, which a weight of 0
-      // would not silence.
+      // NOTE: past the end, before what is seen, and where there is a copy, the scale may be NaN,
+      // which a weight of 0 would not silence.
+      for (int64_t t = 0; t < unseen; ++t) scale_[t] = 0;
       for (int64_t t = left; t < num_units_ * kLanes; ++t) scale_[t] = 0;
       for (int i = 0; i < num_copied_; ++i) scale_[copied_[i].index] = 0;
       for (int r = 0; r < tile_->num_rows; ++r) {

@@ -21,7 +21,7 @@ constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 // Rows of one KV head of one request, and where their partial results are.
 struct Tile {
   int req, kv_head, first_row, num_rows;
-  int64_t num_tokens;  // visible to the last row
+  int64_t begin, end;  // tokens that any row sees; begin is rounded down to a multiple of sixteen
   int first_split, num_splits;
   int64_t split_tokens;
 };
@@ -43,15 +43,17 @@ struct Plan {
   Plan(const AttentionParams& params, int num_threads) : p(params) {
     constexpr int kSharedCost = 2;  // decoding, in rows
     const auto cost = [](const Tile& tile) {
-      return static_cast<double>(tile.num_tokens) * (kSharedCost + tile.num_rows);
+      return static_cast<double>(tile.end - tile.begin) * (kSharedCost + tile.num_rows);
     };
     double total = 0;
     for (int req = 0; req < p.num_reqs; ++req) {
       const int rows = (p.query_start_loc[req + 1] - p.query_start_loc[req]) * group_size();
       for (int head = 0; head < p.cache.num_kv_heads; ++head) {
         for (int first = 0; first < rows; first += kRowTile) {
-          Tile tile{req, head, first, std::min(kRowTile, rows - first), 0, 0, 0, 0};
-          tile.num_tokens = visible(tile, tile.num_rows - 1);
+          Tile tile{req, head, first, std::min(kRowTile, rows - first), 0, 0, 0, 0, 0};
+          tile.end = last_seen(tile, tile.num_rows - 1);
+          const int64_t begin = first_seen(tile, 0);
+          tile.begin = begin < tile.end ? begin / kLanes * kLanes : tile.end;
           total += cost(tile);
           tiles.push_back(tile);
         }
@@ -62,16 +64,17 @@ struct Plan {
     for (size_t t = 0; t < tiles.size(); ++t) {
       Tile& tile = tiles[t];
       tile.first_split = static_cast<int>(partials.size());
-      if (tile.num_tokens == 0) continue;
-      const int64_t most = (tile.num_tokens + kMinSplit - 1) / kMinSplit;
+      const int64_t num_tokens = tile.end - tile.begin;
+      if (num_tokens == 0) continue;
+      const int64_t most = (num_tokens + kMinSplit - 1) / kMinSplit;
       const int64_t splits =
           std::clamp<int64_t>(static_cast<int64_t>(cost(tile) / cost_each + 0.5), 1, most);
-      tile.split_tokens = ((tile.num_tokens + splits - 1) / splits + kLanes - 1) / kLanes * kLanes;
-      for (int64_t begin = 0; begin < tile.num_tokens; begin += tile.split_tokens) {
+      tile.split_tokens = ((num_tokens + splits - 1) / splits + kLanes - 1) / kLanes * kLanes;
+      for (int64_t begin = tile.begin; begin < tile.end; begin += tile.split_tokens) {
         Partial partial{};
         partial.tile = static_cast<int>(t);
         partial.begin = begin;
-        partial.end = std::min(tile.num_tokens, begin + tile.split_tokens);
+        partial.end = std::min(tile.end, begin + tile.split_tokens);
         partials.push_back(partial);
         num_rows += tile.num_rows;
       }
@@ -93,13 +96,21 @@ struct Plan {
     return int64_t{p.query_start_loc[tile.req] + r / size} * p.num_heads +
            int64_t{tile.kv_head} * size + r % size;
   }
-  // Tokens that a row sees.
-  int64_t visible(const Tile& tile, int row) const {
-    const int64_t seq_len = p.seq_lens[tile.req];
-    if (!p.causal) return seq_len;
-    const int query_len = p.query_start_loc[tile.req + 1] - p.query_start_loc[tile.req];
-    return std::max<int64_t>(0, seq_len - query_len + (tile.first_row + row) / group_size() + 1);
+  // First token that a row sees, and one past the last.
+  int64_t first_seen(const Tile& tile, int row) const {
+    return p.first_seen(p.seq_lens[tile.req], query_len(tile), query_token(tile, row));
   }
+  int64_t last_seen(const Tile& tile, int row) const {
+    const int seq_len = p.seq_lens[tile.req];
+    const int below = p.sees_below(seq_len, query_len(tile), query_token(tile, row));
+    return std::clamp(below, 0, seq_len);
+  }
+
+ private:
+  int query_len(const Tile& tile) const {
+    return p.query_start_loc[tile.req + 1] - p.query_start_loc[tile.req];
+  }
+  int query_token(const Tile& tile, int row) const { return (tile.first_row + row) / group_size(); }
 };
 
 }  // namespace tq::cpu

@@ -31,24 +31,37 @@ namespace tq::cuda {
 // What this lane's rows, 4 i + t, see of a request's tokens.
 template <typename Traits>
 struct Sight {
-  int seq_len, fewest;             // tokens that the request has; that all rows see by their codes
-  int visible[Traits::kKeyTiles];  // tokens that a row sees
-  int window;                      // first token that may have a copy
-  const int32_t* mapped;           // units from there on, as in Copies::unit_map
+  int seq_len;                   // tokens that the request has
+  int all_begin, all_end;        // those that all rows see by their codes
+  int below[Traits::kKeyTiles];  // as AttentionParams::sees_below
+  int sliding_window;
+  int window;             // first token that may have a copy
+  const int32_t* mapped;  // units from there on, as in Copies::unit_map
 
   __device__ Sight(const AttentionParams& a, const RowRange& rows, int req, const int32_t* mapped_)
-      : seq_len(a.seq_lens[req]), mapped(mapped_) {
+      : seq_len(a.seq_lens[req]), sliding_window(a.sliding_window), mapped(mapped_) {
     window = a.copies.data ? first_window_unit(seq_len, a.copies.window_units) * Traits::kUnitTokens
                            : INT_MAX;
-    fewest = min(seq_len, window);
+    all_begin = 0, all_end = min(seq_len, window);
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
-      const int row = 4 * i + (threadIdx.x & 3);
-      const int hidden = rows.query_len - 1 - rows.own_token(row);
-      visible[i] = a.causal ? seq_len - max(hidden, 0) : seq_len;
-      fewest = min(fewest, visible[i]);
+      const int own = rows.own_token(4 * i + (threadIdx.x & 3));
+      below[i] = a.sees_below(seq_len, rows.query_len, min(own, rows.query_len - 1));
+      all_begin = max(all_begin, below[i] - sliding_window);
+      all_end = min(all_end, below[i]);
     }
-    fewest = __reduce_min_sync(kAllLanes, fewest);
+    all_begin = __reduce_max_sync(kAllLanes, all_begin);
+    all_end = __reduce_min_sync(kAllLanes, all_end);
+  }
+
+  // Whether a row, 4 i + t, sees a token of the request.
+  __device__ bool sees(int i, int token) const {
+    return static_cast<unsigned>(below[i] - 1 - token) < static_cast<unsigned>(sliding_window);
+  }
+
+  // Whether all rows see all tokens of a batch by their codes.
+  __device__ bool all_see(int first_token) const {
+    return first_token >= all_begin && first_token + Traits::kBatchTokens <= all_end;
   }
 
   // Entry of Copies::unit_map for the unit with this first token; 0 outside of the window.
@@ -74,15 +87,18 @@ struct Sight {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int in_unit = (threadIdx.x & 31) / 4 + 8 * h, token = first_token + in_unit;
-      const bool is_absent = token >= seq_len || (valid >> in_unit & 1) != copied;
+      const bool is_there = token < seq_len && (valid >> in_unit & 1) == copied;
+      bool any_sees = false;
+#pragma unroll
+      for (int i = 0; i < Traits::kKeyTiles; ++i) {
+        const bool is_seen = is_there && sees(i, token);
+        if (!is_seen) unit->score[i][h] = -INFINITY;
+        any_sees |= is_seen;
+      }
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
         // NOTE: the scale may be NaN here, which a weight of 0 would not silence.
-        if (is_absent) unit->beta[g][h] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < Traits::kKeyTiles; ++i) {
-        if (is_absent || token >= visible[i]) unit->score[i][h] = -INFINITY;
+        if (!any_sees) unit->beta[g][h] = 0.0f;
       }
     }
   }
@@ -243,11 +259,10 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     const uint8_t* batch = ring + slot * Traits::kBatchBytes;
     slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
     const int token = stream.token(n);
-    if (token + Traits::kBatchTokens > sight.fewest) {
-      if (sight.is_copied(token)) continue;
-      attend_batch<Traits, true>(tables, batch, token, query, factors, sight, state);
-    } else {
+    if (sight.all_see(token)) {
       attend_batch<Traits, false>(tables, batch, token, query, factors, sight, state);
+    } else if (!sight.is_copied(token)) {
+      attend_batch<Traits, true>(tables, batch, token, query, factors, sight, state);
     }
   }
   if (reads_copies) {
@@ -273,12 +288,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int query_len = a.query_start_loc[req + 1] - first_token;
   const int num_rows = query_len * p.group_size.value();
 
-  // Batches of this split; at least one for every warp, so that short sequences use few splits.
-  const int num_batches = (a.seq_lens[req] + Traits::kBatchTokens - 1) / Traits::kBatchTokens;
+  // Batches of this split, of those that any row sees; at least one for every warp, so that short
+  // sequences use few splits.
+  const int seq_len = a.seq_lens[req];
+  const int first_batch = a.first_seen(seq_len, query_len, 0) / Traits::kBatchTokens;
+  const int last_batch = (seq_len + Traits::kBatchTokens - 1) / Traits::kBatchTokens;
+  const int num_batches = max(last_batch - first_batch, 0);
   const int share =
       max(p.num_splits.divide(num_batches + p.num_splits.value() - 1), Traits::kWarps);
-  const int begin = split * share, end = min(begin + share, num_batches);
-  if (split > 0 && begin >= num_batches) return;
+  if (split > 0 && split * share >= num_batches) return;
+  const int begin = first_batch + split * share, end = min(begin + share, first_batch + num_batches);
 
   const bool only = num_batches <= share;
   for (int first = 0; first < num_rows; first += Traits::kRows) {

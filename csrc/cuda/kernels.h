@@ -28,7 +28,7 @@ struct DecodeShape {
   int64_t num_reqs, num_tokens, num_heads, num_kv_heads, head_dim;
 };
 
-// max_tokens: upper bound of the cached tokens of a request.
+// max_tokens: about how many cached tokens of a request are read, at most.
 DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens);
 
 // Upper bound of num_splits of any plan for the shape.

@@ -35,10 +35,11 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> /* scratch: threads have their own */,
                      std::optional<Tensor> /* tickets */, std::optional<Tensor> recent,
-                     std::optional<Tensor> unit_map, int64_t window_units) {
+                     std::optional<Tensor> unit_map, int64_t window_units,
+                     int64_t sliding_window) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
-                       causal, out, lse, recent, unit_map, window_units);
+                       causal, out, lse, recent, unit_map, window_units, sliding_window);
   const int64_t last = p.query_start_loc[p.num_reqs];
   STD_TORCH_CHECK(last <= query.size(0) && last <= out.size(0) && last <= lse.size(1),
                   "query_start_loc ends at row ", last, ", query, out and lse have ", query.size(0),

@@ -74,10 +74,10 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> scratch, std::optional<Tensor> tickets,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
-                     int64_t window_units) {
+                     int64_t window_units, int64_t sliding_window) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
-                       causal, out, lse, recent, unit_map, window_units);
+                       causal, out, lse, recent, unit_map, window_units, sliding_window);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
   check_aligned(p.cache);
   STD_TORCH_CHECK(num_tokens <= out.size(0) && num_tokens <= lse.size(1), "query has ", num_tokens,
@@ -92,8 +92,10 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_copies(recent, unit_map, kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) return;
   const DeviceScope scope(kv_cache);
-  const cuda::DecodePlan plan =
-      cuda::plan_decode(shape_of(p, num_tokens), block_table.size(1) * p.cache.block_size);
+  // What the rows of a request see together, if requests have equally many.
+  const int64_t most_seen = p.sliding_window + num_tokens / p.num_reqs;
+  const int64_t most_tokens = std::min(block_table.size(1) * p.cache.block_size, most_seen);
+  const cuda::DecodePlan plan = cuda::plan_decode(shape_of(p, num_tokens), most_tokens);
   const int64_t num_rows = num_tokens * p.num_heads;
   const int64_t out_bytes = plan.num_splits * num_rows * head_dim * sizeof(float);
   const int64_t bytes = out_bytes + plan.num_splits * num_rows * sizeof(float);

@@ -1,6 +1,7 @@
 // Operator arguments to kernel parameters, with every check that does not depend on the device.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "ops/check.h"
@@ -54,13 +55,21 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
   return p;
 }
 
+// 0 stands for no window.
+inline int check_sliding_window(int64_t sliding_window) {
+  STD_TORCH_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,
+                  ", expected 0 for none or a positive number of tokens");
+  const int64_t window = sliding_window == 0 ? kNoSlidingWindow : sliding_window;
+  return static_cast<int>(std::min<int64_t>(window, kNoSlidingWindow));
+}
+
 inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_cache,
                                         const Tensor& block_table_, const Tensor& seq_lens,
                                         const Tensor& query_start_loc, const Tensor& key_frame_,
                                         double scale, bool causal, const Tensor& out,
                                         const Tensor& lse, const std::optional<Tensor>& recent,
                                         const std::optional<Tensor>& unit_map,
-                                        int64_t window_units) {
+                                        int64_t window_units, int64_t sliding_window) {
   check_shape("query", query, {kAny, kAny, kAny});
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   AttentionParams p;
@@ -77,6 +86,7 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
   p.key_frame = key_frame(key_frame_, p.cache.num_kv_heads, head_dim);
   p.scale = static_cast<float>(scale);
   p.causal = causal;
+  p.sliding_window = check_sliding_window(sliding_window);
   p.out = mutable_rows("out", out, num_heads, head_dim);
   check_dtype("lse", lse, ScalarType::Float);
   check_shape("lse", lse, {num_heads, kAny});

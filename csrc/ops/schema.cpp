@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
       "paged_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor key_frame, float scale, bool causal, Tensor(a!) out, "
       "Tensor(b!) lse, Tensor(c!)? scratch=None, Tensor(d!)? tickets=None, Tensor? recent=None, "
-      "Tensor? unit_map=None, int window_units=0) -> ()");
+      "Tensor? unit_map=None, int window_units=0, int sliding_window=0) -> ()");
   m.def(
       "assign_recent(Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int block_size, "
       "int window_units, int step, Tensor(a!) unit_map, Tensor(b!) places, Tensor(c!) clock) -> "
