@@ -100,8 +100,13 @@ def run_step(
     padding: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    sliding_window: int | None = None,
 ) -> Step:
-    """Run one step through the builder and the implementation, after one for each context."""
+    """Run one step through the builder and the implementation, after one for each context.
+
+    With a window, a layer without one has the same builder, and blocks that slid out of it are no
+    longer in the block table: one of NaN, which nobody writes, takes their place.
+    """
     from vllm_turboquant.attention import TurboQuant3Impl
     from vllm_turboquant.metadata import TurboQuant3Metadata, TurboQuant3MetadataBuilder
     from vllm_turboquant.recent import allocate_copies
@@ -117,7 +122,8 @@ def run_step(
     blocks = torch.randperm(cache.shape[0], generator=generator)[: num_reqs * num_blocks_each]
     block_table = blocks.view(num_reqs, num_blocks_each).int()
 
-    host_table = block_table
+    host_table = block_table.clone()
+    nobodys = (set(range(len(cache))) - set(blocks.tolist())).pop()
 
     def slots(req: int, first: int, last: int) -> Tensor:
         position = torch.arange(first, last)
@@ -129,16 +135,20 @@ def run_step(
         set_default_torch_dtype(torch.bfloat16),
         torch.device(device),
     ):
-        impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
+        impl = TurboQuant3Impl(
+            NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS, sliding_window=sliding_window
+        )
     impl.set_key_frame(KEY_FRAME.to(device))
     cache, block_table = cache.to(device), block_table.to(device)
     layer = SimpleNamespace(impl=impl, kv_cache=cache)
     allocate_copies(config, [layer], cache_bytes=2**30)
-    config.compilation_config.static_forward_context["layer"] = layer
+    other = SimpleNamespace(impl=SimpleNamespace(sliding_window=0))
+    config.compilation_config.static_forward_context |= {"layer": layer, "other": other}
+    layer_names = ["layer", "other"] if sliding_window else ["layer"]
     page = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
     )
-    builder = TurboQuant3MetadataBuilder(page, ["layer"], config, torch.device(device))
+    builder = TurboQuant3MetadataBuilder(page, layer_names, config, torch.device(device))
 
     def build(
         reqs: list[int], query_lens: Tensor, seq_lens: Tensor, slot_mapping: Tensor
@@ -174,6 +184,9 @@ def run_step(
             length = torch.tensor([context], dtype=torch.int32)
             build([req], length, length, slots(req, 0, context))
             store(key[:context], value[:context], slots(req, 0, context))
+        if sliding_window:
+            num_gone = max(0, context - sliding_window + 1) // BLOCK_SIZE
+            block_table[req, :num_gone] = nobodys
         requests.append((query, key, value))
         queries.append(query)
         keys.append(key[context:])
@@ -194,10 +207,13 @@ def run_step(
     return Step(output.cpu(), requests, impl, cache, host_table)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None = None
+) -> Tensor:
     """Causal attention in float64: [num_rows, num_heads, head_dim]."""
     rows, columns = torch.arange(query.shape[0])[:, None], torch.arange(key.shape[0])
-    visible = columns <= rows + key.shape[0] - query.shape[0]
+    distance = rows + key.shape[0] - query.shape[0] - columns
+    visible = (distance >= 0) & (distance < (sliding_window or len(key)))
     return torch.nn.functional.scaled_dot_product_attention(
         query.double().transpose(0, 1),
         key.double().transpose(0, 1).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, 0),
@@ -215,11 +231,12 @@ def check_batch(
     bound: float,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    sliding_window: int | None = None,
 ) -> None:
     spec = BATCH_SPECS[name]
     padding = 3 if name == "padded" else 0
     config = make_config(model, exact_prefill=exact_prefill, recent_tokens=recent_tokens)
-    step = run_step(config, spec, padding, device, dtype)
+    step = run_step(config, spec, padding, device, dtype, sliding_window)
     assert (step.impl.pool is not None) is (recent_tokens > 0)
     start = 0
     for req, (query, key, value) in enumerate(step.requests):
@@ -231,6 +248,7 @@ def check_batch(
             query,
             torch.cat([read_key, key[num_cached:].double()]),
             torch.cat([read_value, value[num_cached:].double()]),
+            sliding_window,
         )
         error = (step.output[start : start + rows] - want).norm() / want.norm()
         assert error < bound, f"request at row {start}: relative error {error:.2e}"
@@ -242,13 +260,24 @@ EXACT_OR_NOT = pytest.mark.parametrize(
     "exact_prefill", [True, False], ids=["exact", "through the cache"]
 )
 COPIES_OR_NOT = pytest.mark.parametrize("recent_tokens", [0, 32], ids=["codes", "copies"])
+#: Of one token, within a request's rows, and longer than some.
+WINDOWS = pytest.mark.parametrize("sliding_window", [None, 1, 7, 40])
 
 
 @EXACT_OR_NOT
 @COPIES_OR_NOT
+@WINDOWS
 @pytest.mark.parametrize("name", BATCH_SPECS)
-def test_batches(tiny_llama: Path, name: str, exact_prefill: bool, recent_tokens: int) -> None:
-    check_batch(tiny_llama, name, exact_prefill, recent_tokens, bound=1e-3)
+def test_batches(
+    tiny_llama: Path,
+    name: str,
+    exact_prefill: bool,
+    recent_tokens: int,
+    sliding_window: int | None,
+) -> None:
+    check_batch(
+        tiny_llama, name, exact_prefill, recent_tokens, 1e-3, sliding_window=sliding_window
+    )
 
 
 def test_decoding_reads_copies_of_the_newest_tokens(tiny_llama: Path) -> None:
@@ -270,6 +299,7 @@ def test_decoding_reads_copies_of_the_newest_tokens(tiny_llama: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @EXACT_OR_NOT
 @COPIES_OR_NOT
+@WINDOWS
 @pytest.mark.parametrize("tile_tokens", [16384, 48])
 @pytest.mark.parametrize("name", BATCH_SPECS)
 def test_batches_on_a_gpu(
@@ -278,6 +308,7 @@ def test_batches_on_a_gpu(
     name: str,
     exact_prefill: bool,
     recent_tokens: int,
+    sliding_window: int | None,
     tile_tokens: int,
 ) -> None:
     from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
@@ -287,7 +318,16 @@ def test_batches_on_a_gpu(
     monkeypatch.setattr(metadata, "TILE_TOKENS", tile_tokens)
     init_workspace_manager(torch.device("cuda"))
     try:
-        check_batch(tiny_llama, name, exact_prefill, recent_tokens, 1e-2, "cuda", torch.bfloat16)
+        check_batch(
+            tiny_llama,
+            name,
+            exact_prefill,
+            recent_tokens,
+            1e-2,
+            "cuda",
+            torch.bfloat16,
+            sliding_window,
+        )
     finally:
         reset_workspace_manager()
 

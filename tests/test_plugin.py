@@ -86,6 +86,18 @@ def test_skipped_layers_keep_their_backend(tiny_llama: Path) -> None:
     assert names == ["TURBOQUANT3", "CPU_ATTN"]
 
 
+def test_sliding_window_layers_have_pages_of_slots(tiny_llama: Path) -> None:
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    config = engine_config(tiny_llama)
+    layer = build_layer(config, per_layer_sliding_window=128)
+    assert layer.impl.sliding_window == 128
+    spec = layer.get_kv_cache_spec(config)
+    full = build_layer(config, prefix="model.layers.1.self_attn.attn").get_kv_cache_spec(config)
+    assert isinstance(spec, SlidingWindowSpec) and spec.sliding_window == 128
+    assert spec.page_size_bytes == full.page_size_bytes
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -93,7 +105,6 @@ def test_skipped_layers_keep_their_backend(tiny_llama: Path) -> None:
         ({"alibi_slopes": [1.0] * 4}, "ALiBi is not supported"),
         ({"logits_soft_cap": 30.0}, "a logits soft cap is not supported yet"),
         ({"sinks": torch.zeros(4)}, "attention sinks are not supported yet"),
-        ({"per_layer_sliding_window": 128}, "sliding-window layers are not supported yet"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "KV sharing is not supported yet"),
         ({"attn_type": "encoder_only"}, "encoder-only attention has no KV cache to compress"),
         ({"attn_type": "encoder_decoder"}, "cross attention is not supported"),

@@ -18,7 +18,8 @@ from vllm_turboquant.fresh import FreshRequests, flash_attention_version, fresh_
 from vllm_turboquant.metadata import PagedRequests, PrefillRequests, TurboQuant3Metadata
 from vllm_turboquant.recent import RecentPool
 from vllm_turboquant.scratch import Scratch
-from vllm_turboquant.tiles import Tile, attend_tile, merge_into, reconstruct
+from vllm_turboquant.tiles import CachedTokens, attend_tile, merge_into, reconstruct
+from vllm_turboquant.window_tiles import WindowTile, attend_window_tile
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -28,6 +29,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     """Attention of one layer.
 
     Attributes:
+        sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit.
         key_frame: [num_kv_heads, 3, head_dim] float32, what keys are coded in. Set before the first
             token is stored and constant from then on.
         relative_frame: The same for keys less their center.
@@ -57,7 +59,6 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     ) -> None:
         for needed, feature in (
             (alibi_slopes is not None, "ALiBi is not supported, only rotary embeddings are"),
-            (sliding_window is not None, "sliding-window layers are not supported yet"),
             (bool(logits_soft_cap), "a logits soft cap is not supported yet"),
             (kv_sharing_target_layer_name is not None, "KV sharing is not supported yet"),
             *((value is not None, f"{name} is not supported yet") for name, value in extra.items()),
@@ -67,6 +68,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.sliding_window = sliding_window or 0
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.key_frame = plain_frame(torch.zeros(self.num_kv_heads, head_size))
@@ -80,7 +82,11 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         if self.key_frame.is_cuda:
             flash_attention_version(head_size)
             self.scratch = Scratch.of_layer(
-                get_current_vllm_config(), num_heads, self.num_kv_heads, head_size
+                get_current_vllm_config(),
+                num_heads,
+                self.num_kv_heads,
+                head_size,
+                self.sliding_window,
             )
 
     def buffers(self) -> dict[str, Tensor]:
@@ -165,7 +171,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             return output.zero_()
         self.observe(query, key)
         sequence = FreshRequests.of_lengths([len(query)], query.device)
-        fresh_attention(query, key, value, sequence, self.scale, output)
+        fresh_attention(query, key, value, sequence, self.scale, output, self.sliding_window)
         return output
 
     def _prefill(
@@ -184,7 +190,15 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         fresh_tile = prefill.fresh_tile
         if fresh_tile:
             key, value = self._reconstruct(kv_cache, fresh_tile, None)
-        lse = fresh_attention(query, key, value, prefill.fresh, self.scale, output)
+        lse = fresh_attention(
+            query, key, value, prefill.fresh, self.scale, output, self.sliding_window
+        )
+        pool = None if fresh_tile else self.pool
+        if self.sliding_window in prefill.window_tiles:
+            own = None if fresh_tile else (key, value)
+            for tile in prefill.window_tiles[self.sliding_window]:
+                self._attend_window_tile(query, own, kv_cache, tile, pool, output)
+            return
         if prefill.context:
             earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
             earlier_lse = self._attend_cache(
@@ -193,13 +207,35 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             merge_into(output, lse, slice(len(query)), earlier, earlier_lse)
         if prefill.context_tiles and not fresh_tile:
             lse -= self._center_scores(query)  # tiles hold keys without their center
-        pool = None if fresh_tile else self.pool
         for tile in prefill.context_tiles:
             key, value = self._reconstruct(kv_cache, tile, pool)
             attend_tile(query, key, value, tile, self.scale, output, lse)
 
+    def _attend_window_tile(
+        self,
+        query: Tensor,
+        own: tuple[Tensor, Tensor] | None,
+        kv_cache: Tensor,
+        tile: WindowTile,
+        pool: RecentPool | None,
+        output: Tensor,
+    ) -> None:
+        """Attend the rows that see the end of a context to it and to this step's tokens.
+
+        These are exact where ``own`` has the keys and values of all prefill rows, and otherwise as
+        they can be read back.
+        """
+        tile_key, tile_value = self._reconstruct(kv_cache, tile, pool)
+        if own is not None:
+            key, value = (x[tile.rows] for x in own)
+            relative = key.float() - self.key_frame[:, CENTER]  # as all keys of the tile are
+            tile_key[tile.own], tile_value[tile.own] = relative.to(key.dtype), value
+        attend_window_tile(
+            query, tile_key, tile_value, tile, self.scale, self.sliding_window, output
+        )
+
     def _reconstruct(
-        self, kv_cache: Tensor, tile: Tile, pool: RecentPool | None
+        self, kv_cache: Tensor, tile: CachedTokens, pool: RecentPool | None
     ) -> tuple[Tensor, Tensor]:
         """Read a tile back into scratch, keys less their center.
 
@@ -244,7 +280,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             lse,
             self.scratch.decode() if self.scratch else None,
             self.scratch.tickets if self.scratch else None,
-            *((self.recent, pool.unit_map, pool.window_units) if pool else ()),
+            *((self.recent, pool.unit_map, pool.window_units) if pool else (None, None, 0)),
+            self.sliding_window,
         )
         return lse
 

@@ -75,6 +75,10 @@ class TurboQuant3Backend(AttentionBackend):
         return False
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         # vLLM also asks with the model's dtype, to size layers that are not ours.
         if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
@@ -121,7 +125,6 @@ class TurboQuant3Backend(AttentionBackend):
                 "only float16, bfloat16 and float32 attention is",
             ),
             (config["has_sink"], "attention sinks are not supported yet"),
-            (config["has_sliding_window"], "sliding-window layers are not supported yet"),
             (config.get("use_kv_connector"), "KV connectors are not supported yet"),
             *_device_checks(config["dtype"], head_size),
         )

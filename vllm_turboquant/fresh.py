@@ -10,6 +10,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from vllm_turboquant.reference import visible_tokens
+
+#: On CPUs, rows that attend together where there is a sliding window, at least.
+WINDOW_ROWS = 256
+
 
 @dataclass(frozen=True)
 class FreshRequests:
@@ -42,7 +47,13 @@ class FreshRequests:
 
 
 def fresh_attention(
-    query: Tensor, key: Tensor, value: Tensor, requests: FreshRequests, scale: float, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    requests: FreshRequests,
+    scale: float,
+    out: Tensor,
+    sliding_window: int = 0,
 ) -> Tensor:
     """Causal self-attention of every request.
 
@@ -53,25 +64,48 @@ def fresh_attention(
         requests: Where each request's rows are.
         scale: Softmax scale.
         out: As ``query``; written.
+        sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit.
 
     Returns:
         Log-sum-exp [num_heads, num_tokens] float32, natural logarithm.
     """
     if query.is_cuda:
         rows = (requests.query_start_loc, requests.max_query_len)
-        return flash_attention(query, key, value, rows, rows, scale, out, causal=True)
+        return flash_attention(
+            query, key, value, rows, rows, scale, out, causal=True, sliding_window=sliding_window
+        )
     lses = []
     for first, last in requests.bounds:
-        # The operator behind scaled_dot_product_attention, which keeps the lse to itself.
-        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x[first:last].transpose(0, 1)[None] for x in (query, key, value)),
-            0.0,
-            True,
-            scale=scale,
-        )
-        out[first:last] = part[0].transpose(0, 1)
-        lses.append(lse[0])
+        step = max(sliding_window, WINDOW_ROWS) if sliding_window else last - first
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            start = max(first, begin - sliding_window + 1) if sliding_window else first
+            part, lse = _attend_on_cpu(
+                query[begin:end], key[start:end], value[start:end], scale, sliding_window
+            )
+            out[begin:end] = part
+            lses.append(lse)
     return torch.cat(lses, dim=1)
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of the last rows of a sequence."""
+    mask = None
+    # The operator's causal mask is for as many rows as keys.
+    if len(query) < len(key) or 0 < sliding_window < len(key):
+        visible = visible_tokens(len(query), len(key), sliding_window=sliding_window)
+        mask = torch.where(visible, 0.0, -torch.inf).to(query.dtype)
+    # The operator behind scaled_dot_product_attention, which keeps the lse to itself.
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)),
+        0.0,
+        mask is None,
+        attn_mask=mask,
+        scale=scale,
+    )
+    return out[0].transpose(0, 1), lse[0]
 
 
 def flash_attention(
@@ -84,6 +118,7 @@ def flash_attention(
     out: Tensor,
     *,
     causal: bool,
+    sliding_window: int = 0,
 ) -> Tensor:
     """Attention of several sequences through the FlashAttention that vLLM brings along, on GPUs.
 
@@ -96,6 +131,7 @@ def flash_attention(
         scale: Softmax scale.
         out: As ``query``; written.
         causal: Whether a sequence's last query row sees all its keys, the one before it one less.
+        sliding_window: As for ``fresh_attention``; for causal attention only.
 
     Returns:
         As ``fresh_attention``; infinite for a row that sees nothing.
@@ -112,6 +148,7 @@ def flash_attention(
         max_seqlen_k=keys[1],
         softmax_scale=scale,
         causal=causal,
+        window_size=[sliding_window - 1, 0] if sliding_window else None,
         return_softmax_lse=True,
         out=out,
         fa_version=flash_attention_version(query.shape[-1]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.options import read_options
 from vllm_turboquant.recent import group_pool
 from vllm_turboquant.tiles import TILE_TOKENS, Piece, Tile, make_tile, plan_tiles
+from vllm_turboquant.window_tiles import WindowTile, make_window_tile, plan_window_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,6 +62,8 @@ class PrefillRequests:
             where they attend to each other exactly.
         context: Their earlier tokens, read from codes and copies on CPUs; None if there are none.
         context_tiles: The same on GPUs, reconstructed; from codes only beside a ``fresh_tile``.
+            Where all layers have a sliding window, none.
+        window_tiles: By sliding window, what layers that have it read of the context instead.
         cached: All their tokens, where CPUs are to read everything from codes; None where they
             attend to each other exactly. There is no ``context`` then.
     """
@@ -68,6 +72,7 @@ class PrefillRequests:
     fresh_tile: Tile | None = None
     context: PagedRequests | None = None
     context_tiles: tuple[Tile, ...] = ()
+    window_tiles: Mapping[int, tuple[WindowTile, ...]] = field(default_factory=dict)
     cached: PagedRequests | None = None
 
 
@@ -81,7 +86,7 @@ class TurboQuant3Metadata(AttentionMetadata):
     A decode row reads every token, its own included, from the cache: from codes or, in its window,
     from 8-bit copies. A prefill row reads the tokens computed in earlier steps (its context) from
     the cache and those of this step from the model's own keys and values; the two results are
-    merged by log-sum-exp. Without ``exact_prefill``, a prefill row reads everything from codes:
+    merged by log-sum-exp; see ``window_tiles`` for sliding windows. Without ``exact_prefill``, a prefill row reads everything from codes:
     copies are those of its request's window, which ends at the last row.
 
     Attributes:
@@ -113,6 +118,8 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
         self.options = read_options(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         self.layers = [layers[name] for name in layer_names]
+        # Layers without and with a window share a group where vLLM's hybrid cache manager is off.
+        self.sliding_windows = sorted({layer.impl.sliding_window for layer in self.layers})
         _log_start(vllm_config, kv_cache_spec.head_size)
 
     def build(
@@ -178,10 +185,19 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
                 lengths = torch.tensor(context_lens, dtype=torch.int32)
                 context = PagedRequests(query_start_loc, lengths, block_table)
             return PrefillRequests(fresh, context=context)
-        tiles = [
-            make_tile(pieces, fresh, block_table)
-            for pieces in plan_tiles(context_lens, TILE_TOKENS)
-        ]
+        tiles: list[Tile] = []
+        window_tiles = {}
+        for window in self.sliding_windows:
+            if window:
+                plan = plan_window_tiles(context_lens, query_lens, window, TILE_TOKENS)
+                window_tiles[window] = tuple(
+                    make_window_tile(pieces, fresh, block_table) for pieces in plan
+                )
+            else:
+                tiles += [
+                    make_tile(pieces, fresh, block_table)
+                    for pieces in plan_tiles(context_lens, TILE_TOKENS)
+                ]
         fresh_tile = None
         if not self.options.exact_prefill:
             pieces = [
@@ -189,7 +205,9 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
                 for req, span in enumerate(zip(context_lens, query_lens, strict=True))
             ]
             fresh_tile = make_tile(pieces, fresh, block_table)
-        return PrefillRequests(fresh, fresh_tile, context_tiles=tuple(tiles))
+        return PrefillRequests(
+            fresh, fresh_tile, context_tiles=tuple(tiles), window_tiles=window_tiles
+        )
 
 
 def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:

@@ -40,13 +40,19 @@ class Scratch:
 
     @staticmethod
     def of_layer(
-        vllm_config: VllmConfig, num_heads: int, num_kv_heads: int, head_dim: int
+        vllm_config: VllmConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sliding_window: int = 0,
     ) -> Scratch:
         """What a layer of these sizes needs in an engine of this configuration."""
         scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
         tile_tokens = TILE_TOKENS
         if not read_options(vllm_config).exact_prefill:  # a step's own tokens are a tile, too
             tile_tokens = max(tile_tokens, scheduler.max_num_batched_tokens)
+        # A window tile holds a request's part at once.
+        tile_tokens = max(tile_tokens, min(2 * sliding_window, model.max_model_len))
         # Graphs are captured for padded batches.
         padded_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = max(scheduler.max_num_seqs, padded_rows)

@@ -39,12 +39,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Cached tokens that are reconstructed together, and the query rows that attend to them.
+class CachedTokens:
+    """Cached tokens of some requests that are reconstructed together, and who attends to them.
 
     Attributes:
-        rows: Query rows of the tile's requests, counted from the first prefill row.
-        query_start_loc: [num_reqs + 1] int32, each request's first query row within ``rows``.
+        query_start_loc: [num_reqs + 1] int32, each request's first row of those that attend.
         block_table: [num_reqs, max_blocks] int32.
         seq_starts: [num_reqs] int32, first token of each request.
         cu_seq_lens: [num_reqs + 1] int32, first row of each request in the tile.
@@ -53,7 +52,6 @@ class Tile:
         max_seq_len: Tokens of the request that has most of them.
     """
 
-    rows: slice
     query_start_loc: Tensor
     block_table: Tensor
     seq_starts: Tensor
@@ -61,6 +59,17 @@ class Tile:
     num_tokens: int
     max_query_len: int
     max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Tile(CachedTokens):
+    """A tile and all rows of its requests.
+
+    Attributes:
+        rows: Query rows of the tile's requests, counted from the first prefill row.
+    """
+
+    rows: slice
 
 
 def plan_tiles(context_lens: Sequence[int], tile_tokens: int) -> list[list[Piece]]:
@@ -123,7 +132,7 @@ def make_tile(pieces: Sequence[Piece], fresh: FreshRequests, block_table: Tensor
 
 def reconstruct(
     kv_cache: Tensor,
-    tile: Tile,
+    tile: CachedTokens,
     key_frame: Tensor,
     buffers: tuple[Tensor, Tensor],
     recent: Tensor | None = None,

@@ -122,7 +122,9 @@ template <int kHeadDim, int kRows>
 struct DecodeShapes {
   static constexpr int kWarps = kHeadDim > 128 ? 8 : kRows > 4 ? 12 : 16;
   using Wide = DecodeTraits<kHeadDim, kRows, kWarps, 1>;
-  using Narrow = DecodeTraits<kHeadDim, kRows, 4, kWarps / 4>;
+  // Of head_dim 64, four fit whatever the rows, and registers need be no fewer.
+  static constexpr int kNarrowCtas = kHeadDim == 64 ? 4 : kWarps / 4;
+  using Narrow = DecodeTraits<kHeadDim, kRows, 4, kNarrowCtas>;
 };
 
 // One instantiation a file: they take long to compile.
