@@ -275,9 +275,7 @@ def test_batches(
     recent_tokens: int,
     sliding_window: int | None,
 ) -> None:
-    check_batch(
-        tiny_llama, name, exact_prefill, recent_tokens, 1e-3, sliding_window=sliding_window
-    )
+    check_batch(tiny_llama, name, exact_prefill, recent_tokens, 1e-3, sliding_window=sliding_window)
 
 
 def test_decoding_reads_copies_of_the_newest_tokens(tiny_llama: Path) -> None:
@@ -342,6 +340,22 @@ def test_profiling_run_gives_zeros(tiny_llama: Path) -> None:
     output = torch.full_like(query, torch.nan)
     impl.forward(None, query, key, key, torch.tensor([]), None, output)
     assert (output == 0).all()
+
+
+def test_measuring_run_attends_within_the_window(tiny_llama: Path) -> None:
+    from vllm_turboquant.attention import TurboQuant3Impl
+
+    with set_current_vllm_config(make_config(tiny_llama)):
+        impl = TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS, sliding_window=7)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(40, NUM_HEADS, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, 40, NUM_KV_HEADS, HEAD_DIM, generator=generator)
+    output, observed = torch.full_like(query, torch.nan), []
+    impl.observe = lambda *query_and_key: observed.append(query_and_key)
+    impl.forward(None, query, key, value, torch.tensor([]), None, output)
+    assert observed == [(query, key)]
+    want = attention(query, key, value, 7)
+    torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_merge_is_attention_over_both_sets() -> None:

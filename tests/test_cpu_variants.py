@@ -20,12 +20,12 @@ OTHERS = CAPABILITIES[: CAPABILITIES.index(BEST)] if BEST in CAPABILITIES else [
 @pytest.mark.skipif(not OTHERS, reason="this CPU has only one variant")
 @pytest.mark.parametrize("capability", OTHERS)
 def test_variant(capability: str) -> None:
-    files = ["test_core_mirror", "test_store", "test_attention", "test_dequantize", "test_recent"]
+    files = ["core_mirror", "store", "attention", "dequantize", "recent", "sliding"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
     program = (
         "import sys, torch, pytest\n"
         f"assert torch.backends.cpu.get_cpu_capability() == {capability!r}\n"
-        f"sys.exit(pytest.main(['-q', *{[f'tests/{name}.py' for name in files]!r}]))"
+        f"sys.exit(pytest.main(['-q', *{[f'tests/test_{name}.py' for name in files]!r}]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -196,8 +196,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         pool = None if fresh_tile else self.pool
         if self.sliding_window in prefill.window_tiles:
             own = None if fresh_tile else (key, value)
-            for tile in prefill.window_tiles[self.sliding_window]:
-                self._attend_window_tile(query, own, kv_cache, tile, pool, output)
+            for window_tile in prefill.window_tiles[self.sliding_window]:
+                self._attend_window_tile(query, own, kv_cache, window_tile, pool, output)
             return
         if prefill.context:
             earlier = torch.empty(query.shape, dtype=torch.float32, device=query.device)
@@ -280,8 +280,10 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             lse,
             self.scratch.decode() if self.scratch else None,
             self.scratch.tickets if self.scratch else None,
-            *((self.recent, pool.unit_map, pool.window_units) if pool else (None, None, 0)),
-            self.sliding_window,
+            recent=self.recent if pool else None,
+            unit_map=pool.unit_map if pool else None,
+            window_units=pool.window_units if pool else 0,
+            sliding_window=self.sliding_window,
         )
         return lse
 

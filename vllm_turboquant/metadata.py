@@ -86,8 +86,10 @@ class TurboQuant3Metadata(AttentionMetadata):
     A decode row reads every token, its own included, from the cache: from codes or, in its window,
     from 8-bit copies. A prefill row reads the tokens computed in earlier steps (its context) from
     the cache and those of this step from the model's own keys and values; the two results are
-    merged by log-sum-exp; see ``window_tiles`` for sliding windows. Without ``exact_prefill``, a prefill row reads everything from codes:
-    copies are those of its request's window, which ends at the last row.
+    merged by log-sum-exp. With a sliding window, on GPUs, the rows that see any of their context
+    get both at once instead; see ``window_tiles.py``. Without ``exact_prefill``, a prefill row
+    reads everything from codes: copies are those of its request's window, which ends at the last
+    row.
 
     Attributes:
         num_decode_tokens: Rows of the decode requests.

@@ -113,8 +113,7 @@ def make_window_tile(
         range(row, row + piece.num_rows) for (row, _), piece in zip(bounds, every, strict=True)
     )
     own = chain.from_iterable(
-        range(end - piece.num_rows, end)
-        for end, piece in zip(token_starts[1:], every, strict=True)
+        range(end - piece.num_rows, end) for end, piece in zip(token_starts[1:], every, strict=True)
     )
     device = block_table.device
     parts = [query_starts, starts, token_starts]

@@ -126,7 +126,7 @@ class TilePass {
       for (int r = 0; r < tile_->num_rows; ++r) {
         ahead_.step();
         weigh(r, plan_.first_seen(*tile_, r) - token,
-              std::min(partial->end, plan_.last_seen(*tile_, r)) - token);
+              std::min(partial->end, plan_.end_seen(*tile_, r)) - token);
       }
       accumulate(unseen, left);
       accumulate_copies();
@@ -255,8 +255,8 @@ class TilePass {
     partial_->sum[r] += reduce_add(sum);
   }
 
-  // 3. Add the weighted values of codes; `left` tokens are in the split, of these the first `unseen`
-  // are none that a row sees.
+  // 3. Add the weighted values of codes; `left` tokens are in the split, and rows see none of the
+  // first `unseen`.
   void accumulate(int64_t unseen, int64_t left) {
     float* out[kRowTile];
     for (int g = 0; g < cache_.layout.num_groups(); ++g) {

@@ -51,7 +51,7 @@ struct Plan {
       for (int head = 0; head < p.cache.num_kv_heads; ++head) {
         for (int first = 0; first < rows; first += kRowTile) {
           Tile tile{req, head, first, std::min(kRowTile, rows - first), 0, 0, 0, 0, 0};
-          tile.end = last_seen(tile, tile.num_rows - 1);
+          tile.end = end_seen(tile, tile.num_rows - 1);
           const int64_t begin = first_seen(tile, 0);
           tile.begin = begin < tile.end ? begin / kLanes * kLanes : tile.end;
           total += cost(tile);
@@ -100,7 +100,7 @@ struct Plan {
   int64_t first_seen(const Tile& tile, int row) const {
     return p.first_seen(p.seq_lens[tile.req], query_len(tile), query_token(tile, row));
   }
-  int64_t last_seen(const Tile& tile, int row) const {
+  int64_t end_seen(const Tile& tile, int row) const {
     const int seq_len = p.seq_lens[tile.req];
     const int below = p.sees_below(seq_len, query_len(tile), query_token(tile, row));
     return std::clamp(below, 0, seq_len);

@@ -223,7 +223,9 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   const AttentionParams& a = p.attention;
   const int warp = threadIdx.x / 32;
   const Sight<Traits> sight(a, rows, req, shared->window);
-  const bool reads_copies = a.copies.data && end * Traits::kBatchTokens >= sight.seq_len;
+  // NOTE: without a batch, there is nothing to see, and nobody looks the window up.
+  const bool reads_copies =
+      a.copies.data && begin < end && end * Traits::kBatchTokens >= sight.seq_len;
 
   // 1. Start reading, then prepare the queries while the bytes are on their way. What the warps
   // need first is asked for first: it would wait behind all codes.
@@ -297,7 +299,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int share =
       max(p.num_splits.divide(num_batches + p.num_splits.value() - 1), Traits::kWarps);
   if (split > 0 && split * share >= num_batches) return;
-  const int begin = first_batch + split * share, end = min(begin + share, first_batch + num_batches);
+  const int begin = first_batch + split * share,
+            end = min(begin + share, first_batch + num_batches);
 
   const bool only = num_batches <= share;
   for (int first = 0; first < num_rows; first += Traits::kRows) {

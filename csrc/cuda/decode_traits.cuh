@@ -122,7 +122,7 @@ template <int kHeadDim, int kRows>
 struct DecodeShapes {
   static constexpr int kWarps = kHeadDim > 128 ? 8 : kRows > 4 ? 12 : 16;
   using Wide = DecodeTraits<kHeadDim, kRows, kWarps, 1>;
-  // Of head_dim 64, four fit whatever the rows, and registers need be no fewer.
+  // Left alone, the compiler would take a few registers more than let four of head_dim 64 in.
   static constexpr int kNarrowCtas = kHeadDim == 64 ? 4 : kWarps / 4;
   using Narrow = DecodeTraits<kHeadDim, kRows, 4, kNarrowCtas>;
 };

@@ -35,8 +35,7 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> /* scratch: threads have their own */,
                      std::optional<Tensor> /* tickets */, std::optional<Tensor> recent,
-                     std::optional<Tensor> unit_map, int64_t window_units,
-                     int64_t sliding_window) {
+                     std::optional<Tensor> unit_map, int64_t window_units, int64_t sliding_window) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);

@@ -68,8 +68,8 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
                                         const Tensor& query_start_loc, const Tensor& key_frame_,
                                         double scale, bool causal, const Tensor& out,
                                         const Tensor& lse, const std::optional<Tensor>& recent,
-                                        const std::optional<Tensor>& unit_map,
-                                        int64_t window_units, int64_t sliding_window) {
+                                        const std::optional<Tensor>& unit_map, int64_t window_units,
+                                        int64_t sliding_window) {
   check_shape("query", query, {kAny, kAny, kAny});
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   AttentionParams p;
