@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -101,8 +102,11 @@ def run_step(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     sliding_window: int | None = None,
+    planned_for: str | None = None,
 ) -> Step:
     """Run one step through the builder and the implementation, after one for each context.
+
+    The builder plans for another device where one is named.
 
     With a window, a layer without one has the same builder, and blocks that slid out of it are no
     longer in the block table: one of NaN, which nobody writes, takes their place.
@@ -148,7 +152,12 @@ def run_step(
     page = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.uint8
     )
-    builder = TurboQuant3MetadataBuilder(page, layer_names, config, torch.device(device))
+    builder = TurboQuant3MetadataBuilder(
+        page, layer_names, config, torch.device(planned_for or device)
+    )
+    if planned_for:
+        tile = torch.full((2, 1000, NUM_KV_HEADS, HEAD_DIM), torch.nan, dtype=dtype)
+        impl.scratch = SimpleNamespace(tile=lambda: tile, decode=lambda: None, tickets=None)
 
     def build(
         reqs: list[int], query_lens: Tensor, seq_lens: Tensor, slot_mapping: Tensor
@@ -232,11 +241,12 @@ def check_batch(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     sliding_window: int | None = None,
+    planned_for: str | None = None,
 ) -> None:
     spec = BATCH_SPECS[name]
     padding = 3 if name == "padded" else 0
     config = make_config(model, exact_prefill=exact_prefill, recent_tokens=recent_tokens)
-    step = run_step(config, spec, padding, device, dtype, sliding_window)
+    step = run_step(config, spec, padding, device, dtype, sliding_window, planned_for)
     assert (step.impl.pool is not None) is (recent_tokens > 0)
     start = 0
     for req, (query, key, value) in enumerate(step.requests):
@@ -276,6 +286,72 @@ def test_batches(
     sliding_window: int | None,
 ) -> None:
     check_batch(tiny_llama, name, exact_prefill, recent_tokens, 1e-3, sliding_window=sliding_window)
+
+
+def plain_flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
+    scale: float,
+    out: Tensor,
+    *,
+    causal: bool,
+    sliding_window: int = 0,
+) -> Tensor:
+    """What ``fresh.flash_attention`` promises, by PyTorch."""
+    assert causal or not sliding_window
+    lse = torch.full((query.shape[1], len(query)), torch.inf)
+    assert queries[0][-1] == len(query) and keys[0][-1] == len(key)
+    assert (queries[1], keys[1]) == (queries[0].diff().max(), keys[0].diff().max())
+    key, value = (x.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1) for x in (key, value))
+    bounds = zip(pairwise(queries[0].tolist()), pairwise(keys[0].tolist()), strict=True)
+    for (first, last), (begin, end) in bounds:
+        if begin == end:
+            out[first:last] = 0
+            continue
+        scores = scale * torch.einsum("qhd,thd->hqt", query[first:last], key[begin:end])
+        if causal:
+            visible = reference.visible_tokens(
+                last - first, end - begin, sliding_window=sliding_window
+            )
+            scores = scores.masked_fill(~visible, -torch.inf)
+        lse[:, first:last] = scores.logsumexp(dim=-1)
+        weights = scores.softmax(dim=-1)
+        out[first:last] = torch.einsum("hqt,thd->qhd", weights, value[begin:end])
+    return lse
+
+
+@EXACT_OR_NOT
+@COPIES_OR_NOT
+@WINDOWS
+@pytest.mark.parametrize("tile_tokens", [16384, 48])
+@pytest.mark.parametrize("name", BATCH_SPECS)
+def test_batches_planned_for_a_gpu(
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    exact_prefill: bool,
+    recent_tokens: int,
+    sliding_window: int | None,
+    tile_tokens: int,
+) -> None:
+    """The tiles of a GPU, with the operators of a CPU."""
+    from vllm_turboquant import metadata, tiles, window_tiles
+
+    monkeypatch.setattr(metadata, "TILE_TOKENS", tile_tokens)
+    for module in (tiles, window_tiles):
+        monkeypatch.setattr(module, "flash_attention", plain_flash_attention)
+    check_batch(
+        tiny_llama,
+        name,
+        exact_prefill,
+        recent_tokens,
+        1e-3,
+        sliding_window=sliding_window,
+        planned_for="meta",
+    )
 
 
 def test_decoding_reads_copies_of_the_newest_tokens(tiny_llama: Path) -> None:

@@ -89,6 +89,22 @@ def hide_unseen(batch: PagedBatch, rule: Sliding) -> PagedBatch:
     return replace(batch, kv_cache=cache, block_table=table)
 
 
+def hide_unseen_copies(copies: RecentBatch, rule: Sliding) -> RecentBatch:
+    """Make copies of unseen tokens NaN."""
+    batch, recent = copies.batch, copies.recent.clone()
+    layout, starts = SlotLayout(batch.query.shape[-1]), batch.seq_lens.cumsum(0) - batch.seq_lens
+    arrays = reference_recent.recent_arrays(recent, layout)
+    for start, num_rows, seq_len in zip(
+        starts.tolist(), query_lens(batch), batch.seq_lens.tolist(), strict=True
+    ):
+        slots = batch.slot_mapping[start : start + rule.first_seen(num_rows, seq_len)]
+        place = (copies.unit_map[slots // UNIT_TOKENS] >> 16) - 1
+        offset = (slots % UNIT_TOKENS)[place >= 0]
+        for name in ("key_scale", "value_scale"):
+            arrays[name][place[place >= 0], :, :, offset] = torch.nan
+    return replace(copies, recent=recent)
+
+
 def define(batch: PagedBatch, rule: Sliding, copies: RecentBatch | None) -> tuple[Tensor, Tensor]:
     """Output and lse in float64, by definition."""
     arguments = (
@@ -130,7 +146,8 @@ def check(batch: PagedBatch, rule: Sliding, device: str, copies: RecentBatch | N
     if copies is not None:
         batch = copies.batch
     want, want_lse = define(batch, rule, copies)
-    out, lse = attend(hide_unseen(batch, rule), rule, copies, device)
+    hidden = hide_unseen_copies(copies, rule) if copies is not None else None
+    out, lse = attend(hide_unseen(batch, rule), rule, hidden, device)
     compare(out, lse, want, want_lse, device)
 
 

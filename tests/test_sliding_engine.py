@@ -110,7 +110,7 @@ def ask(
         "max_num_batched_tokens": step_tokens,
         "max_num_seqs": 8,
         "dtype": "float32",
-        "block_size": 16,
+        "block_size": 32,
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "kv_cache_memory_bytes": 1 << 26,
