@@ -325,7 +325,8 @@ def test_pool_past_two_gibibytes() -> None:
     assert torch.equal(out, want)
 
 
-def test_graph_replay_with_other_lengths() -> None:
+@pytest.mark.parametrize("sliding_window", [0, 700])
+def test_graph_replay_with_other_lengths(sliding_window: int) -> None:
     case = make_case([4000, 900, 64, 1], seed=11)
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
     arguments = [x.cuda() for x in (*tensors, case.key_frame)]
@@ -334,7 +335,7 @@ def test_graph_replay_with_other_lengths() -> None:
     lse = torch.empty(case.query.shape[1::-1], device="cuda")
 
     def run() -> None:
-        ops.paged_attention(*arguments, case.scale, True, out, lse)
+        ops.paged_attention(*arguments, case.scale, True, out, lse, sliding_window=sliding_window)
 
     run()
     graph = torch.cuda.CUDAGraph()

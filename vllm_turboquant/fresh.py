@@ -76,7 +76,7 @@ def fresh_attention(
         )
     lses = []
     for first, last in requests.bounds:
-        step = max(sliding_window, WINDOW_ROWS) if sliding_window else last - first
+        step = max(sliding_window, WINDOW_ROWS) if sliding_window else max(last - first, 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)
             start = max(first, begin - sliding_window + 1) if sliding_window else first
