@@ -27,11 +27,13 @@ from vllm_turboquant.measure import (
     BALANCE_EXPONENT,
     MAX_BALANCE,
     NUM_SKIPPED,
+    NUM_SPANS,
     NUM_TOKENS,
     SEED,
     KeyMoments,
     balance,
     measure_keys,
+    measured_positions,
 )
 
 pytestmark = pytest.mark.vllm
@@ -52,7 +54,7 @@ def save_qwen(folder: Path, key_weights: float) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=2 * NUM_TOKENS,
+        max_position_embeddings=16 * NUM_TOKENS,
         tie_word_embeddings=True,
         dtype="float32",
         architectures=["Qwen2ForCausalLM"],
@@ -116,7 +118,10 @@ def test_key_frames_are_moments_of_a_forward_pass(qwen: Path) -> None:
         )
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(twin.config.vocab_size, (1, NUM_TOKENS), generator=generator)
-    cache = twin(ids, use_cache=True).past_key_values
+    positions = measured_positions(16 * NUM_TOKENS)[None]
+    cache = twin(
+        ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True
+    ).past_key_values
     for layer, key_frame in enumerate(got):
         keys = cache.layers[layer].keys[0]  # [num_kv_heads, num_tokens, head_dim], after RoPE
         center, seen = keys[:, NUM_SKIPPED:].mean(dim=1), keys[:, NUM_SKIPPED:]
@@ -154,6 +159,20 @@ def test_pipeline_stages_use_the_rotated_bias(
     for key_frame, want in zip(key_frames(model, config), measured, strict=True):
         center = want[:, CENTER]
         torch.testing.assert_close(key_frame, plain_frame(center), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_model_len", [1, 100, NUM_TOKENS, NUM_TOKENS + 1, 2048, 131072])
+def test_positions_reach_from_the_first_to_the_last(max_model_len: int) -> None:
+    positions = measured_positions(max_model_len)
+    assert len(positions) == min(NUM_TOKENS, max_model_len)
+    assert positions[:NUM_SKIPPED].tolist() == list(range(min(NUM_SKIPPED, max_model_len)))
+    assert positions.min() == 0
+    assert positions.max() == max_model_len - 1
+    starts = positions[:: NUM_TOKENS // NUM_SPANS]
+    assert (starts.diff() >= 0).all()
+    if max_model_len > 2048:
+        ratios = starts[2:] / starts[1:-1]
+        torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=0.02, atol=0)
 
 
 def test_moments() -> None:

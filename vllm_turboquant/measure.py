@@ -3,7 +3,8 @@
 One forward pass over random tokens shows where the keys of every KV head lie: their mean, the key
 of the first token, which models use as attention sink, and how much every coordinate varies and
 weighs. Random tokens will do, so no data is needed. A frame has to be the same for all tokens that
-ever share a cache, and the same in every replica.
+ever share a cache, and the same in every replica. RoPE turns keys, and so their mean, with the
+position: the mean over the first positions alone would be far from keys at position 10000.
 
 The result is deterministic: equal weights give equal frames. Every tensor parallel rank measures
 those of its own heads; ranks that each have a copy of a KV head, and of its cache, balance it for
@@ -38,6 +39,8 @@ logger = init_logger("vllm.turboquant")
 
 SEED = 0
 NUM_TOKENS = 256
+#: Parts of consecutive positions that these tokens have.
+NUM_SPANS = 8
 #: The first keys are those of the attention sink, which are unlike all others.
 NUM_SKIPPED = 4
 #: Stretching coordinates by (query power / key power)^(1 / 4) makes the error of scores smallest,
@@ -130,9 +133,9 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     with torch.inference_mode():
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             how = "the biases of the key projections, because a pipeline stage cannot run alone"
-            moments = _bias_moments(model, layers)
+            moments = _bias_moments(model, layers, vllm_config)
         else:
-            how = f"{_num_tokens(vllm_config)} random tokens"
+            how = f"{min(NUM_TOKENS, vllm_config.model_config.max_model_len)} random tokens"
             moments = _measured_moments(model, layers, vllm_config)
         for name, measured in moments.items():
             implementation(layers[name]).set_key_frame(measured.frame)
@@ -148,8 +151,22 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     )
 
 
-def _num_tokens(vllm_config: VllmConfig) -> int:
-    return min(NUM_TOKENS, vllm_config.model_config.max_model_len)
+def measured_positions(max_model_len: int) -> Tensor:
+    """Where keys are measured: everywhere, most densely where most contexts reach.
+
+    Args:
+        max_model_len: Tokens of the longest context.
+
+    Returns:
+        [num_tokens] int64, spans of consecutive positions; the distance of their beginnings grows
+        geometrically.
+    """
+    length = NUM_TOKENS // NUM_SPANS
+    if max_model_len <= NUM_TOKENS:
+        return torch.arange(max_model_len)
+    growth = torch.linspace(0, 1, NUM_SPANS, dtype=torch.float64)[1:]
+    starts = length * ((max_model_len - length) / length) ** growth
+    return torch.cat([torch.arange(length) + round(start) for start in (0, *starts.tolist())])
 
 
 def _measured_moments(
@@ -157,11 +174,11 @@ def _measured_moments(
 ) -> dict[str, KeyMoments]:
     """Run the model once over random tokens, without a cache."""
     config = vllm_config.model_config
-    num_tokens = _num_tokens(vllm_config)
+    positions = measured_positions(config.max_model_len)
+    num_tokens = len(positions)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(SEED)
     input_ids = torch.randint(config.get_vocab_size(), (num_tokens,), generator=generator)
-    positions = torch.arange(num_tokens)
     if config.uses_mrope:  # temporal, height and width positions, the same for text
         positions = positions.expand(3, -1).contiguous()
     with (
@@ -194,8 +211,11 @@ def _observed_moments(layers: Mapping[str, Attention]) -> Iterator[dict[str, Key
             implementation(layer).observe = None
 
 
-def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str, KeyMoments]:
+def _bias_moments(
+    model: nn.Module, layers: Mapping[str, Attention], vllm_config: VllmConfig
+) -> dict[str, KeyMoments]:
     """Moments of keys that are nothing but their projection's bias, rotated to every position."""
+    measured = measured_positions(vllm_config.model_config.max_model_len)[NUM_SKIPPED:]
     parents: dict[nn.Module, Any] = {
         child: parent for parent in model.modules() for child in parent.children()
     }
@@ -203,7 +223,7 @@ def _bias_moments(model: nn.Module, layers: Mapping[str, Attention]) -> dict[str
     for name, layer in layers.items():
         impl, parent = implementation(layer), parents[layer]
         bias = getattr(getattr(parent, "qkv_proj", None), "bias", None)
-        positions = torch.arange(NUM_SKIPPED, NUM_TOKENS, device=impl.key_frame.device)
+        positions = measured.to(impl.key_frame.device)
         shape = (len(positions), impl.num_kv_heads, impl.head_size)
         if bias is None:
             moments[name] = KeyMoments.of_constant(torch.zeros(shape, device=impl.key_frame.device))
