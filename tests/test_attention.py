@@ -174,7 +174,9 @@ def test_the_number_of_threads_changes_only_rounding() -> None:
         two, _ = run(batch)
     finally:
         torch.set_num_threads(threads)
-    assert_close(two[:1], one[:1], BOUND / 10)
+    # Integer kernels round weights relative to the largest of 128 tokens, and which these are
+    # depends on where splits begin.
+    assert_close(two[:1], one[:1], BOUND)
 
 
 def test_a_pool_of_more_than_2_gib() -> None:
