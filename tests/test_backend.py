@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from vllm_turboquant.attention import TurboQuant3Impl
 
 pytestmark = pytest.mark.vllm
+on_a_cpu = pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="vLLM for GPUs merges attention on GPUs only"
+)
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
@@ -274,6 +278,7 @@ COPIES_OR_NOT = pytest.mark.parametrize("recent_tokens", [0, 32], ids=["codes", 
 WINDOWS = pytest.mark.parametrize("sliding_window", [None, 1, 7, 40])
 
 
+@on_a_cpu
 @EXACT_OR_NOT
 @COPIES_OR_NOT
 @WINDOWS
@@ -323,6 +328,7 @@ def plain_flash_attention(
     return lse
 
 
+@on_a_cpu
 @EXACT_OR_NOT
 @COPIES_OR_NOT
 @WINDOWS
@@ -434,6 +440,7 @@ def test_measuring_run_attends_within_the_window(tiny_llama: Path) -> None:
     torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@on_a_cpu
 def test_merge_is_attention_over_both_sets() -> None:
     from vllm_turboquant.fresh import FreshRequests, fresh_attention
     from vllm_turboquant.tiles import merge_into

@@ -26,7 +26,7 @@ pytest.importorskip("vllm")
 from vllm_server import Server
 
 from tests.serve.conftest import ENVIRONMENT, client
-from tests.serve.key_frames import Frames, relative_errors
+from tests.serve.key_frames import Frames, join_heads, relative_errors
 from tests.serve.test_serve_gpu import model_folders, plugin_environment
 from vllm_turboquant.frame import BALANCE, CENTER, SINK
 
@@ -202,7 +202,12 @@ def test_twice_as_many_tokens_fit_into_as_many_bytes_of_each_gpu(pair: Pair) -> 
 def test_each_gpu_measures_its_heads_as_one_gpu_does(pair: Pair) -> None:
     one, two = key_frames(pair.one), key_frames(pair.two)
     assert (len(one), len(two)) == (1, 2)
+    lengths = join_heads(one)
     for name, errors in relative_errors(two, one).items():
+        # Keys are rounded, and where they have little in common, their center is much shorter than
+        # they are. How long they are is seen from the sink, which is one of them.
+        length = lengths[name].norm(dim=-1)
+        errors[:, CENTER] *= (length[:, CENTER] / length[:, SINK]).clamp(max=1)
         for row, tolerance in FRAME_TOLERANCE.items():
             assert errors[:, row].max() < tolerance, (name, row)
 
