@@ -56,7 +56,7 @@ def _plot_means(axes: Axes, name: str, rows: Sequence[RowSummary]) -> None:
 
     Points and not bars: on a logarithmic axis a bar's length would mean nothing.
     """
-    axes.set(xscale="log", yticks=range(len(rows)), yticklabels=[row.name for row in rows])
+    axes.set(xscale="log", yticks=range(len(rows)), yticklabels=[_wrap(row.name) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     values = [row.texts[name].kl for row in rows if name in row.texts]
     positive = [value.mean for value in values if value.mean > 0]
@@ -71,13 +71,20 @@ def _plot_means(axes: Axes, name: str, rows: Sequence[RowSummary]) -> None:
         color = f"C{place % 10}"
         axes.errorbar(text.kl.mean, place, xerr=error, fmt="o", color=color, capsize=3)
         right_end = max(text.kl.mean + error, low)
-        _write(axes, (right_end, place), f"perplexity {text.change.mean:+.1%}")
+        change = text.change.mean
+        times = f"{change:+.1%}" if change < 10 else f"x {1 + change:,.0f}"
+        _write(axes, (right_end, place), f"perplexity {times}")
     axes.grid(axis="x", alpha=0.3)
 
 
 def _write(axes: Axes, point: tuple[float, float], text: str) -> None:
     """Write ``text`` to the right of ``point``."""
     axes.annotate(text, point, (8, 0), textcoords="offset points", va="center", fontsize="small")
+
+
+def _wrap(name: str) -> str:
+    """The name of a row with a line for its cache and one for each option."""
+    return name.replace(":", ":\n").replace(",", ",\n")
 
 
 def plot_needles(path: Path, rows: Sequence[RowSummary]) -> None:
@@ -105,7 +112,8 @@ def plot_needles(path: Path, rows: Sequence[RowSummary]) -> None:
         image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
-        axes.set(title=row.name, xlabel="context, tokens", ylabel="depth of the needle")
+        axes.set(xlabel="context, tokens", ylabel="depth of the needle")
+        axes.set_title(_wrap(row.name), fontsize="medium")
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels.tolist(), label="needles found")
