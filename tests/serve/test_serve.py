@@ -123,14 +123,14 @@ def test_the_log_states_what_copies_take_once(turboquant_server: Server) -> None
 
 
 def test_the_engine_centers_keys_when_it_starts(turboquant_server: Server) -> None:
-    """Keys of this model have a large constant part; the log says how much, once."""
+    """At all positions, keys have much in common with this model; the log says how much, once."""
     assert turboquant_server.log is not None
     found = re.findall(
         r"keys are centered by the mean over (\d+) random tokens: up to ([\d.]+) %",
         turboquant_server.log.read_text(),
     )
     assert len(found) == 1
-    assert float(found[0][1]) > 80
+    assert float(found[0][1]) > 70
 
 
 def test_auto_is_byte_identical_with_and_without_the_plugin(
