@@ -6,9 +6,9 @@ weighs. Random tokens will do, so no data is needed. A frame has to be the same 
 ever share a cache, and the same in every replica. RoPE turns keys, and so their mean, with the
 position: the mean over the first positions alone would be far from keys at position 10000.
 
-The result is deterministic: equal weights give equal frames. Every tensor parallel rank measures
-those of its own heads; ranks that each have a copy of a KV head, and of its cache, balance it for
-their own query heads.
+The result is deterministic: equal weights and an equal max_model_len give equal frames. Every
+tensor parallel rank measures those of its own heads; ranks that each have a copy of a KV head, and
+of its cache, balance it for their own query heads.
 """
 
 from __future__ import annotations
@@ -130,13 +130,15 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     if not layers or not read_options(vllm_config).measure_keys:
         return
     start = time.perf_counter()
+    positions = measured_positions(vllm_config.model_config.max_model_len)
+    positions = positions.to(next(model.parameters()).device)
     with torch.inference_mode():
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             how = "the biases of the key projections, because a pipeline stage cannot run alone"
-            moments = _bias_moments(model, layers, vllm_config)
+            moments = _bias_moments(model, layers, positions)
         else:
-            how = f"{min(NUM_TOKENS, vllm_config.model_config.max_model_len)} random tokens"
-            moments = _measured_moments(model, layers, vllm_config)
+            how = f"{len(positions)} random tokens"
+            moments = _measured_moments(model, layers, positions, vllm_config)
         for name, measured in moments.items():
             implementation(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
@@ -170,13 +172,13 @@ def measured_positions(max_model_len: int) -> Tensor:
 
 
 def _measured_moments(
-    model: nn.Module, layers: Mapping[str, Attention], vllm_config: VllmConfig
+    model: nn.Module,
+    layers: Mapping[str, Attention],
+    positions: Tensor,
+    vllm_config: VllmConfig,
 ) -> dict[str, KeyMoments]:
-    """Run the model once over random tokens, without a cache."""
-    config = vllm_config.model_config
-    positions = measured_positions(config.max_model_len)
-    num_tokens = len(positions)
-    device = next(model.parameters()).device
+    """Run the model once over random tokens at these positions, without a cache."""
+    config, num_tokens = vllm_config.model_config, len(positions)
     generator = torch.Generator().manual_seed(SEED)
     input_ids = torch.randint(config.get_vocab_size(), (num_tokens,), generator=generator)
     if config.uses_mrope:  # temporal, height and width positions, the same for text
@@ -187,7 +189,7 @@ def _measured_moments(
         # NOTE: compiled, this run would be the one that torch.compile specializes for.
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
     ):
-        model(input_ids=input_ids.to(device), positions=positions.to(device))
+        model(input_ids=input_ids.to(positions.device), positions=positions)
     missing = layers.keys() - moments.keys()
     if missing:
         raise RuntimeError(f"no keys were seen in {', '.join(sorted(missing))}")
@@ -212,10 +214,10 @@ def _observed_moments(layers: Mapping[str, Attention]) -> Iterator[dict[str, Key
 
 
 def _bias_moments(
-    model: nn.Module, layers: Mapping[str, Attention], vllm_config: VllmConfig
+    model: nn.Module, layers: Mapping[str, Attention], positions: Tensor
 ) -> dict[str, KeyMoments]:
-    """Moments of keys that are nothing but their projection's bias, rotated to every position."""
-    measured = measured_positions(vllm_config.model_config.max_model_len)[NUM_SKIPPED:]
+    """Moments of keys that are nothing but their projection's bias, rotated to these positions."""
+    positions = positions[min(NUM_SKIPPED, len(positions) - 1) :]
     parents: dict[nn.Module, Any] = {
         child: parent for parent in model.modules() for child in parent.children()
     }
@@ -223,7 +225,6 @@ def _bias_moments(
     for name, layer in layers.items():
         impl, parent = implementation(layer), parents[layer]
         bias = getattr(getattr(parent, "qkv_proj", None), "bias", None)
-        positions = measured.to(impl.key_frame.device)
         shape = (len(positions), impl.num_kv_heads, impl.head_size)
         if bias is None:
             moments[name] = KeyMoments.of_constant(torch.zeros(shape, device=impl.key_frame.device))
