@@ -20,7 +20,9 @@
 #include "cpu/rotate_row.h"
 #include "cpu/rows.h"
 #if defined(__AVX512VNNI__)
-#include "cpu/codes_int.h"
+#include "cpu/codes_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/codes_avx2.h"
 #else
 #include "cpu/codes_float.h"
 #endif

@@ -250,6 +250,13 @@ inline Lanes load_half(const uint16_t* x) {
   Lanes r;
   r.part[0] = (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   return r;
+#elif defined(__F16C__)
+  Lanes r;
+  for (int i = 0; i < kParts; ++i) {
+    const auto* part = reinterpret_cast<const __m128i*>(x + 8 * i);
+    r.part[i] = (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(part));
+  }
+  return r;
 #else
   float r[kLanes];
   for (int i = 0; i < kLanes; ++i) r[i] = float_from_half(x[i]);

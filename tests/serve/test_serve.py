@@ -172,12 +172,15 @@ def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
         sure = [prompt for prompt in EASY if EASY[prompt] in complete(server, prompt)]
         assert sure
         prompts = (sure * 9)[:9]  # of 2 blocks each, where 12 exist
-
-        def long_answer(prompt: str) -> str:
-            return complete(server, prompt, max_tokens=150, extra_body={"ignore_eos": True})
-
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = list(pool.map(long_answer, prompts))
+        # In one request: sent one by one, the first could be done before the last is there.
+        response = client(server).completions.create(
+            model=server.name,
+            prompt=prompts,
+            max_tokens=150,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        answers = [choice.text for choice in sorted(response.choices, key=lambda c: c.index)]
         assert metric(server, "vllm:num_preemptions_total") > 0
         for prompt, answer in zip(prompts, answers, strict=True):
             assert EASY[prompt] in answer[:60]
