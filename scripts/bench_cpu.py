@@ -3,11 +3,12 @@
 
     bench_cpu.py [--json benchmarks/cpu.json]
 
-One run measures all, in turn, and prints medians and their ratios. PyTorch's side is the faster of
-two ways to call scaled_dot_product_attention: with enable_gqa, as a user would, and with the query
-heads of a KV head as query rows, which only works without a causal mask. vLLM's side is the kernel
-behind --kv-cache-dtype auto. Run it on an otherwise idle machine: a second thread that waits for a
-core costs more than the kernels do.
+One run measures all, in turn, and prints medians and their ratios. Ours reads the newest tokens
+from 8-bit copies, as by default. PyTorch's side is the faster of two ways to call
+scaled_dot_product_attention: with enable_gqa, as a user would, and with the query heads of a KV
+head as query rows, which only works without a causal mask. vLLM's side is the kernel behind
+--kv-cache-dtype auto. Run it on an otherwise idle machine: a second thread that waits for a core
+costs more than the kernels do.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_turboquant import ops
 from vllm_turboquant.frame import plain_frame
-from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
+from vllm_turboquant.options import Options
+from vllm_turboquant.recent import RecentPool
 
 BLOCK_SIZE = 128
 SHAPES = {  # query heads / KV heads, head_dim
@@ -57,12 +60,12 @@ def medians_ms(contestants: dict[str, Callable[[], object]], rounds: int) -> dic
 
 
 def vllm_attention(
-    query: Tensor, batch: int, context: int, num_kv_heads: int
+    query: Tensor, block_table: Tensor, context: int, num_kv_heads: int
 ) -> Callable[[], None]:
     """Prepare vLLM's CPU attention over a bf16 cache; call the result to run it."""
-    num_heads, head_dim = query.shape[1:]
-    num_blocks = batch * context // BLOCK_SIZE
-    cache = torch.randn(num_blocks, num_kv_heads, 2 * BLOCK_SIZE, head_dim).bfloat16()
+    batch, num_heads, head_dim = query.shape
+    size = (block_table.numel(), num_kv_heads, 2 * BLOCK_SIZE, head_dim)
+    cache = torch.randn(size).bfloat16()
     key_cache, value_cache = cache.chunk(2, dim=2)
     lengths = {
         "seq_lens": torch.full((batch,), context, dtype=torch.int32),
@@ -89,7 +92,7 @@ def vllm_attention(
         scale=head_dim**-0.5,
         alibi_slopes=None,
         sliding_window=-1,
-        block_table=torch.randperm(num_blocks).int().view(batch, -1),
+        block_table=block_table,
         softcap=0.0,
         scheduler_metadata=plan,
         s_aux=None,
@@ -114,15 +117,24 @@ def measure(
     query = torch.randn(batch, num_heads, head_dim).bfloat16()
     key_frame = plain_frame(torch.zeros(num_kv_heads, head_dim))
     num_blocks = num_tokens // BLOCK_SIZE
-    slot_bytes = SlotLayout(head_dim).slot_bytes
-    cache = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes, dtype=torch.uint8)
-    slots = torch.arange(num_tokens)
-    store_ms = medians_ms(
-        {"store": lambda: ops.store(key, value, key_frame, cache, slots)}, min(rounds, 3)
-    )["store"]
-    block_table = torch.arange(num_blocks, dtype=torch.int32).view(batch, -1)
+    layout = SlotLayout(head_dim)
+    cache = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE, layout.slot_bytes, dtype=torch.uint8)
+    block_table = torch.randperm(num_blocks, dtype=torch.int32).view(batch, -1)
+    slots = (block_table[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
     seq_lens = torch.full((batch,), context, dtype=torch.int32)
     query_start_loc = torch.arange(batch + 1, dtype=torch.int32)
+    window_units = Options().window_units
+    num_places = batch * window_units
+    pool = RecentPool(
+        num_tokens // UNIT_TOKENS, num_places, BLOCK_SIZE, window_units, torch.device("cpu")
+    )
+    pool.assign(block_table, seq_lens, context * query_start_loc)
+    recent = torch.zeros(num_places, num_kv_heads, layout.unit_bytes, dtype=torch.uint8)
+    copies = (recent, pool.unit_map)
+    store_ms = medians_ms(
+        {"store": lambda: ops.store(key, value, key_frame, cache, slots, *copies)},
+        min(rounds, 3),
+    )["store"]
     out, lse = torch.empty_like(query), torch.empty(num_heads, batch)
 
     def heads_first(x: Tensor) -> Tensor:
@@ -143,12 +155,16 @@ def measure(
                 True,
                 out,
                 lse,
+                None,
+                None,
+                *copies,
+                window_units,
             ),
             "sdpa enable_gqa": lambda: scaled_dot_product_attention(
                 query[:, :, None], dense_key, dense_value, enable_gqa=True
             ),
             "sdpa grouped": lambda: scaled_dot_product_attention(rows, dense_key, dense_value),
-            "vllm auto": vllm_attention(query, batch, context, num_kv_heads),
+            "vllm auto": vllm_attention(query, block_table, context, num_kv_heads),
         },
         rounds,
     )

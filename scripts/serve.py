@@ -3,8 +3,8 @@
 
 `vllm serve` runs as a child process with its log on this terminal. When it answers, this prints a
 curl line and the capacity of its KV cache, beside the capacity that --kv-cache-dtype auto has with
-the same memory. The latter is measured, by starting such an engine once; the result is kept beside
-the model, under all that it depends on.
+the same memory. The latter is measured, by starting such an engine once; the result is kept in
+build/, under all that it depends on.
 
     serve.py models/smollm2-135m-instruct [arguments of vllm serve]
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm_server import Capacity, Server, ServerError
 
+BUILD = Path(__file__).resolve().parent.parent / "build"
 DTYPE = "turboquant3"
 DEFAULTS = ["--kv-cache-memory-bytes=1073741824"]
 # On CPU an eager start takes well under half the time, and needs no compiler or Python headers.
@@ -34,11 +35,12 @@ def auto_capacity(model: Path, arguments: list[str]) -> Capacity:
 
     Started eagerly: compiling takes a minute and does not change the size of the cache.
     """
-    record = model.with_name(f"{model.name}.auto-capacity.json")
-    key = " ".join([f"vllm {importlib.metadata.version('vllm')}", *arguments])
+    BUILD.mkdir(exist_ok=True)
+    record = BUILD / "auto-capacity.json"
+    key = " ".join([f"vllm {importlib.metadata.version('vllm')}", str(model), *arguments])
     known = json.loads(record.read_text()) if record.exists() else {}
     if key not in known:
-        log = model.with_name(f"{model.name}.auto-capacity.log")
+        log = BUILD / "auto-capacity.log"
         print(f"measure the capacity of --kv-cache-dtype auto, once (log: {log})", flush=True)
         with Server(model, "auto", [*arguments, "--enforce-eager"], log=log) as server:
             server.wait_until_ready(progress=report_progress)

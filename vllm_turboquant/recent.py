@@ -169,21 +169,24 @@ def count_places(max_num_seqs: int, window_units: int, place_bytes: int, cache_b
     return count if count >= window_units else 0
 
 
-def allocate_copies(vllm_config: VllmConfig, layers: Iterable[Attention], cache_bytes: int) -> None:
+def allocate_copies(vllm_config: VllmConfig, layers: Iterable[Attention], cache_bytes: int) -> int:
     """Give every layer memory for copies, or say why there are none.
 
     Args:
         vllm_config: The engine's configuration.
         layers: All turboquant3 layers of the loaded model.
         cache_bytes: Memory that the KV cache will get beside the copies.
+
+    Returns:
+        Bytes of all copies.
     """
     options = read_options(vllm_config)
     impls = [layer.impl for layer in layers]
     if not impls or not options.recent_tokens:
-        return
+        return 0
     if vllm_config.parallel_config.use_ubatching:
         _log_off("the microbatches of a step would take each other's places")
-        return
+        return 0
     heads = [(impl.num_kv_heads, SlotLayout(impl.head_size)) for impl in impls]
     place_bytes = sum(num * layout.unit_bytes for num, layout in heads)
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -193,7 +196,7 @@ def allocate_copies(vllm_config: VllmConfig, layers: Iterable[Attention], cache_
             f"those of one request take {options.window_units * place_bytes} bytes, more than "
             f"{100 * MAX_COPIES_SHARE:.0f} % of the {max(cache_bytes, 0)} bytes of the KV cache"
         )
-        return
+        return 0
     for impl, (num_kv_heads, layout) in zip(impls, heads, strict=True):
         impl.recent = torch.zeros(
             (num_places, num_kv_heads, layout.unit_bytes),
@@ -218,6 +221,7 @@ def allocate_copies(vllm_config: VllmConfig, layers: Iterable[Attention], cache_
         compression,
         compression / (1 + share),
     )
+    return num_places * place_bytes
 
 
 def _log_off(reason: str) -> None:

@@ -33,15 +33,20 @@ class MeasuringWorker(PlatformWorker):
         # them, and a token that is written anew takes the place of its copy, too.
         with self._maybe_get_memory_pool_context(tag="kv_cache"):
             layers = coded_layers(self.vllm_config).values()
-            allocate_copies(self.vllm_config, layers, self._cache_bytes())
+            copies = allocate_copies(self.vllm_config, layers, self._cache_bytes())
+        self._taken_from_given = copies if self.cache_config.kv_cache_memory_bytes else 0
+
+    def determine_available_memory(self) -> int:
+        """Memory of the cache itself: what vLLM finds, or was given for the cache with copies."""
+        return super().determine_available_memory() - self._taken_from_given
 
     def _cache_bytes(self) -> int:
         """Memory that the KV cache will get beside copies, by all that is known before vLLM
         measures what a forward pass takes."""
         given = self.cache_config.kv_cache_memory_bytes
         if given:
-            return given  # all of it: copies come on top
-        if current_platform.is_cpu():
+            left = given
+        elif current_platform.is_cpu():
             left = self.requested_cpu_memory - psutil.Process().memory_info().rss
         else:
             gc.collect()
