@@ -17,6 +17,9 @@ SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) --device $(DEVICE)
 SOURCES := $(wildcard pyproject.toml setup.py) \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+# vLLM 0.33 is unpacked over the native libraries of the build for CPUs; see setup_env.py.
+IS_CPU_VLLM = $(BIN)/python -c \
+	'import importlib.metadata as m; exit(not m.version("vllm").endswith("cpu"))'
 EXTRAS := $(addprefix $(VENV)/.,models test lint eval)
 
 .DEFAULT_GOAL := help
@@ -35,7 +38,8 @@ serve test lint lm-eval: $(VENV)/.plugin
 serve: $(MODEL_DIR)/config.json  ## Set up all that is needed, then serve MODEL on PORT
 	$(BIN)/python scripts/serve.py $(MODEL_DIR) --port $(PORT) $(ARGS)
 
-test: $(VENV)/.test $(TEST_MODEL)/config.json build/vllm-0.33  ## Set up, run all tests
+test: $(VENV)/.test $(TEST_MODEL)/config.json  ## Set up, run all tests
+	@if $(IS_CPU_VLLM); then $(MAKE) --no-print-directory build/vllm-0.33; fi
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint  ## Check Python, C++ and Dockerfiles
@@ -66,6 +70,11 @@ $(VENV)/.plugin: $(SOURCES) | $(VENV)/.vllm
 $(EXTRAS): $(VENV)/.%: pyproject.toml | $(VENV)/.plugin
 	$(SETUP) $*
 	@touch $@
+
+%/config.json:
+	$(error $* has no config.json: MODEL is a name in scripts/fetch_model.py or a local folder; \
+	a model of a hub is served, once `make $(VENV)/.plugin` is done, by \
+	`$(BIN)/vllm serve $(MODEL) --kv-cache-dtype turboquant3`)
 
 models/%/config.json: | $(VENV)/.models
 	$(BIN)/python scripts/fetch_model.py $*

@@ -1,15 +1,17 @@
 """Builds the native libraries, on PyTorch's stable ABI: they load into any PyTorch from 2.11 on."""
 
+import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, include_paths
 
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CPU_SOURCES = [
@@ -73,9 +75,22 @@ CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, or the one on PATH."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    """nvcc of CUDA_HOME; without that, the one on PATH, or of the toolkit that PyTorch finds."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which(f"{home}/bin/nvcc")
+    return shutil.which("nvcc") or (CUDA_HOME and shutil.which(f"{CUDA_HOME}/bin/nvcc"))
+
+
+def wants_cuda() -> bool:
+    """Whether PyTorch and vLLM are builds for GPUs, or architectures are asked for by name.
+
+    vLLM's build for CPUs also runs on a PyTorch for CUDA, the only one that the usual index has.
+    """
+    if os.environ.get("VLLM_TURBOQUANT_CPU_ONLY", "0") not in ("", "0"):
+        return False
+    vllm = importlib.metadata.distributions(name="vllm")
+    for_gpus = torch.version.cuda and not any(d.version.endswith("cpu") for d in vllm)
+    return bool(for_gpus) or "TORCH_CUDA_ARCH_LIST" in os.environ
 
 
 def cuda_arch_flags() -> list[str]:
@@ -91,6 +106,15 @@ def cuda_arch_flags() -> list[str]:
 
 class BuildNative(BuildExtension):
     """Builds the CUDA library with nvcc alone, so that a PyTorch without CUDA will do."""
+
+    def run(self) -> None:
+        """Build all libraries; refuse to leave out the CUDA library without a word."""
+        if wants_cuda() and not find_nvcc():
+            sys.exit(
+                "nvcc was not found: install the CUDA toolkit and name its folder in CUDA_HOME, "
+                "or build for CPUs alone with VLLM_TURBOQUANT_CPU_ONLY=1"
+            )
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Build the CUDA library; leave the others to PyTorch."""
@@ -142,8 +166,7 @@ class BuildNative(BuildExtension):
 extensions: list[Extension] = [
     cpu_extension(variant, flags) for variant, flags in CPU_VARIANTS.items()
 ]
-# A CPU build of PyTorch has no use for it, unless architectures are asked for by name.
-if find_nvcc() and (torch.version.cuda or "TORCH_CUDA_ARCH_LIST" in os.environ):
+if wants_cuda():
     # PyTorch refuses to build an extension that names .cu files where it has no CUDA itself.
     cuda = Extension("vllm_turboquant._cuda", [CUDA_OPERATORS], depends=CUDA_KERNELS)
     cuda.py_limited_api = True

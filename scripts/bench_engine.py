@@ -58,7 +58,7 @@ METRICS = {  # key of the record: key of the client's result
     "duration_s": "duration",
 }
 MAX_WARMUPS = 64
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0
 WORKLOAD_TIMEOUT_S = 300.0
 LOG_LINES = 500  # in which the last error is looked for
 ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")

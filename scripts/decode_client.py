@@ -94,13 +94,15 @@ class DecodeClient:
         if between_s is None:
             most = max(sample["running"] for sample in samples)
             return {"error": f"at most {most:.0f} of {len(prompts)} requests were seen to run"}
-        hits = (last["hits"] - first["hits"]) / (last["queries"] - first["queries"])
+        queries = last["queries"] - first["queries"]
+        if not queries:
+            return {"error": "the engine has no prefix cache; start it with prefix caching"}
         return {
             "tokens_per_s": round(len(prompts) / between_s, 3),
             "itl_ms": round(1e3 * between_s, 3),
             "duration_s": round(decode_s, 3),
             "prefill_tokens_per_s": round(sum(map(len, prompts)) / prefill_s, 3),
-            "prefix_hits": round(hits, 4),
+            "prefix_hits": round((last["hits"] - first["hits"]) / queries, 4),
         }
 
     def send(self, prompts: Prompts, output_tokens: int) -> tuple[float, list[Counters]]:

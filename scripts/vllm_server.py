@@ -137,7 +137,7 @@ class Server:
         """Start the process; returns at once.
 
         Raises:
-            ServerError: This environment has no `vllm` command.
+            ServerError: This environment has no `vllm` command, or the log cannot be written.
         """
         if not Path(self.command[0]).exists():
             raise ServerError(f"{self.command[0]} does not exist; set up vLLM with: make serve")
@@ -147,7 +147,11 @@ class Server:
                 self.command, env=self.environment, start_new_session=True
             )
         else:
-            with self.log.open("wb") as output:
+            try:
+                output = self.log.open("wb")
+            except OSError as error:
+                raise ServerError(f"cannot write the log {self.log}: {error.strerror}") from error
+            with output:
                 self._process = subprocess.Popen(
                     self.command,
                     env=self.environment,

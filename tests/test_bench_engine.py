@@ -15,7 +15,7 @@ import pytest
 from bench_engine import Record, last_error, run_engine, started
 from engine_workloads import QUICK, SETS, Workload
 from rich.console import Console
-from vllm_server import Capacity, ServerError, vllm_command
+from vllm_server import Capacity, Server, ServerError, vllm_command
 
 SETUP = {"device": "A GPU", "vllm": "0.32.0"}
 SHORT = Workload("short", 32, 8, 4, 8)
@@ -311,6 +311,17 @@ def test_the_vllm_command_is_that_of_this_python_or_the_one_on_path(
     for folder in (on_path, beside):
         (folder / "vllm").touch(mode=0o755)
         assert vllm_command() == str(folder / "vllm")
+
+
+def test_a_log_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    log = tmp_path / "missing" / "server.log"
+    server = Server(tmp_path, "auto", log=log)
+    with pytest.raises(ServerError, match=f"^cannot write the log {log}: No such file or"):
+        server.start()
 
 
 def test_engines_that_start_together_are_all_ready_first() -> None:

@@ -33,6 +33,7 @@ class Engine(ThreadingHTTPServer):
         self.status = status
         self.lock = threading.Lock()
         self.running = 0
+        self.has_prefix_cache = True
         self.requests: list[dict[str, Any]] = []
         self.seen: set[tuple[int, ...]] = set()
         self.tokens = self.hits = self.queries = 0
@@ -67,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         with engine.lock:
             engine.running += 1
             engine.requests.append(request)
-            engine.queries += len(prompt)
+            engine.queries += len(prompt) * engine.has_prefix_cache
             engine.hits += len(prompt) * (prompt in engine.seen)
             engine.seen.add(prompt)
         time.sleep(0.01 * request["max_tokens"])
@@ -124,6 +125,12 @@ def test_requests_that_never_all_run_are_the_outcome(
     monkeypatch.setattr(decode_client, "POLL_S", 60.0)
     figures = run_decode(engine.url, "m", [[1], [2]], output_tokens=2, timeout_s=10)
     assert figures == {"error": "at most 0 of 2 requests were seen to run"}
+
+
+def test_an_engine_without_a_prefix_cache_is_the_outcome(engine: Engine) -> None:
+    engine.has_prefix_cache = False
+    figures = run_decode(engine.url, "m", [[1], [2]], output_tokens=50, timeout_s=10)
+    assert figures == {"error": "the engine has no prefix cache; start it with prefix caching"}
 
 
 def test_counters_are_added_up_over_engines() -> None:

@@ -28,7 +28,7 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(shape=shapes(), causal=st.booleans())
 def test_store_and_attention(shape: dict[str, object], causal: bool) -> None:
     batch = make_batch(**shape)  # type: ignore[arg-type]

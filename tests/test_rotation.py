@@ -74,7 +74,7 @@ def test_order_of_additions(n: int) -> None:
 ROTATION_ERROR = (7 + 3) * 2**-24
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(max_examples=50)
 @given(
     values=st.lists(
         st.floats(-100, 100, width=32).filter(lambda v: v == 0 or abs(v) > 1e-6),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -204,7 +204,6 @@ def test_copies(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     case=cases(),
     rule=st.builds(Sliding, st.integers(0, 220), st.booleans()),

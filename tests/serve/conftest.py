@@ -1,7 +1,7 @@
 """Real `vllm serve` processes for the end-to-end tests, started when first asked for.
 
 Small on purpose: 256 tokens a step, so that prompts of ordinary length are prefilled in chunks, and
-256 MiB of cache, so that the two servers fit a small machine together.
+256 MiB of cache, so that the two servers fit a small machine together. The same on CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from vllm_server import Server
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types import CompletionChoice
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
+BLOCK_TOKENS = 128  # vLLM's default on CPUs; test_serve_gpu.py has that on GPUs
 ARGUMENTS = (
+    f"--block-size={BLOCK_TOKENS}",
+    "--gpu-memory-utilization=0.3",  # on GPUs, each server has to find this much free
     "--enforce-eager",
     "--max-num-batched-tokens=256",
     "--max-num-seqs=16",
@@ -44,6 +48,19 @@ def complete(server: Server, prompt: str, max_tokens: int = 12, **options: objec
         model=server.name, prompt=prompt, max_tokens=max_tokens, temperature=0, **options
     )
     return response.choices[0].text
+
+
+def complete_together(
+    server: Server, prompts: list[str], max_tokens: int = 12, **options: object
+) -> list[CompletionChoice]:
+    """Greedy continuations of ``prompts``, in their order.
+
+    They are one request: sent one by one, the first could be done before the last is there.
+    """
+    response = client(server).completions.create(
+        model=server.name, prompt=prompts, max_tokens=max_tokens, temperature=0, **options
+    )
+    return sorted(response.choices, key=lambda choice: choice.index)
 
 
 def metric(server: Server, name: str) -> float:

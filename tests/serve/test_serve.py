@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -12,7 +11,14 @@ pytest.importorskip("vllm")
 from openai import BadRequestError
 from vllm_server import Server
 
-from tests.serve.conftest import RunServer, client, complete, metric
+from tests.serve.conftest import (
+    BLOCK_TOKENS,
+    RunServer,
+    client,
+    complete,
+    complete_together,
+    metric,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -70,8 +76,7 @@ def test_logprobs_name_the_greedy_token_first(turboquant_server: Server) -> None
 
 def test_concurrent_requests_are_each_answered_rightly(turboquant_server: Server) -> None:
     prompts = list(EASY) * 8
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda prompt: complete(turboquant_server, prompt), prompts))
+    answers = [choice.text for choice in complete_together(turboquant_server, prompts)]
     wrong = [(p, a) for p, a in zip(prompts, answers, strict=True) if EASY[p] not in a]
     assert not wrong
 
@@ -89,11 +94,12 @@ def test_a_request_past_max_model_len_is_refused(turboquant_server: Server) -> N
         complete(turboquant_server, "word " * 9000)
 
 
-def test_capacity_is_5_7_times_that_of_auto(turboquant_server: Server, auto_server: Server) -> None:
+def test_capacity_is_5_5_times_that_of_auto(turboquant_server: Server, auto_server: Server) -> None:
+    """5.82x by the size of a slot, of which copies take at most 4 %."""
     ours, auto = turboquant_server.capacity(), auto_server.capacity()
     assert (ours.dtype, auto.dtype) == ("turboquant3", "auto")
     assert ours.memory_bytes == auto.memory_bytes > 0
-    assert ours.num_tokens >= 5.7 * auto.num_tokens
+    assert ours.num_tokens >= 5.5 * auto.num_tokens
 
 
 def test_the_log_states_the_format_once(turboquant_server: Server) -> None:
@@ -162,7 +168,7 @@ def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
         "turboquant3",
         '--additional-config={"turboquant": {"exact_prefill": false, "recent_tokens": 0}}',
         "--num-gpu-blocks-override=12",
-        "--max-model-len=1024",
+        f"--max-model-len={8 * BLOCK_TOKENS}",
     ) as server:
         first = complete(server, LONG_PROMPT, max_tokens=32)
         hits = metric(server, "vllm:prefix_cache_hits_total")
@@ -172,18 +178,10 @@ def test_reading_prefill_through_the_cache(run_server: RunServer) -> None:
         sure = [prompt for prompt in EASY if EASY[prompt] in complete(server, prompt)]
         assert sure
         prompts = (sure * 9)[:9]  # of 2 blocks each, where 12 exist
-        # In one request: sent one by one, the first could be done before the last is there.
-        response = client(server).completions.create(
-            model=server.name,
-            prompt=prompts,
-            max_tokens=150,
-            temperature=0,
-            extra_body={"ignore_eos": True},
-        )
-        answers = [choice.text for choice in sorted(response.choices, key=lambda c: c.index)]
+        choices = complete_together(server, prompts, 150, extra_body={"ignore_eos": True})
         assert metric(server, "vllm:num_preemptions_total") > 0
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert EASY[prompt] in answer[:60]
+        for prompt, choice in zip(prompts, choices, strict=True):
+            assert EASY[prompt] in choice.text[:60]
 
 
 def test_a_compiled_server_answers(run_server: RunServer) -> None:
