@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model
 
 from vllm_turboquant import measure, plugin
+from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.frame import BALANCE, CENTER, SINK, plain_frame, relative_frame
 from vllm_turboquant.measure import (
     BALANCE_EXPONENT,
@@ -34,7 +37,9 @@ from vllm_turboquant.measure import (
     balance,
     measure_keys,
     measured_positions,
+    positions_to_measure,
 )
+from vllm_turboquant.worker import MeasuringWorker, PlatformWorker
 
 pytestmark = pytest.mark.vllm
 
@@ -83,7 +88,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.undo()
 
 
-def load(folder: Path, **options: bool) -> tuple[nn.Module, VllmConfig]:
+def load(
+    folder: Path, engine_args: dict[str, Any] | None = None, **options: bool
+) -> tuple[nn.Module, VllmConfig]:
     config = EngineArgs(
         model=str(folder),
         dtype="float32",
@@ -91,6 +98,7 @@ def load(folder: Path, **options: bool) -> tuple[nn.Module, VllmConfig]:
         enforce_eager=True,
         kv_cache_dtype="turboquant3",
         additional_config={"turboquant": options},
+        **engine_args or {},
     ).create_engine_config()
     with set_current_vllm_config(config):
         return get_model(vllm_config=config), config
@@ -100,6 +108,7 @@ def key_frames(model: nn.Module, config: VllmConfig) -> list[Tensor]:
     measure_keys(model, config)
     layers = get_layers_from_vllm_config(config, Attention)
     buffers = dict(model.named_buffers())
+    layers = {name: x for name, x in layers.items() if x.kv_cache_dtype == "turboquant3"}
     for name, layer in layers.items():
         impl = layer.impl
         for buffer in ("key_frame", "relative_frame"):  # kernels read what sleep mode restores
@@ -140,6 +149,84 @@ def test_equal_weights_give_equal_frames(qwen: Path) -> None:
     first, second = key_frames(*load(qwen)), key_frames(*load(qwen))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(a[:, CENTER].norm() > 1 for a in first)
+
+
+def test_layers_of_other_caches_take_part(qwen: Path) -> None:
+    """Whose implementations give nothing, or anything, in a run without a cache."""
+    model, config = load(qwen, {"kv_cache_dtype_skip_layers": ["0"]})
+    (second,) = key_frames(model, config)
+    _, want = key_frames(*load(qwen))
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
+    skipped = get_layers_from_vllm_config(config, Attention)["model.layers.0.self_attn.attn"]
+    assert skipped.kv_cache_dtype == "auto"
+    assert "forward" not in vars(skipped.impl)
+
+
+def test_keys_that_are_not_finite_end_the_start(qwen: Path) -> None:
+    model, config = load(qwen)
+    model.model.layers[1].self_attn.qkv_proj.bias.data.fill_(torch.nan)
+    with pytest.raises(
+        UnsupportedError, match=r"keys of model\.layers\.1\.self_attn\.attn are not"
+    ):
+        measure_keys(model, config)
+
+
+def test_layers_of_a_draft_model_stay_plain(qwen: Path) -> None:
+    """They are in the same forward context, but not in the model that runs."""
+    model, config = load(qwen)
+    want = key_frames(model, config)
+    with set_current_vllm_config(config):
+        draft = Attention(
+            2, 64, 0.125, num_kv_heads=1, cache_config=config.cache_config, prefix="draft.attn"
+        )
+    assert "draft.attn" in get_layers_from_vllm_config(config, Attention)
+    measure_keys(model, config)
+    assert torch.equal(draft.impl.key_frame, plain_frame(torch.zeros(1, 64)))
+    assert all(frame[:, CENTER].norm() > 1 for frame in want)
+
+
+def worker_of(model: nn.Module, config: VllmConfig, runner: Any) -> Any:
+    """A worker that has loaded a model."""
+    made = MeasuringWorker.__new__(MeasuringWorker)
+    made.vllm_config, made.model_runner = config, runner
+    runner.get_model = lambda: model
+    return made
+
+
+def test_reloaded_weights_are_measured(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = load(qwen)
+    before = [frame.clone() for frame in key_frames(model, config)]
+    buffers = key_frames(model, config)
+
+    def reload_weights(worker: Any, factor: float) -> None:
+        for layer in model.model.layers:
+            layer.self_attn.qkv_proj.bias.data.mul_(factor)
+
+    monkeypatch.setattr(PlatformWorker, "reload_weights", reload_weights)
+    worker_of(model, config, SimpleNamespace()).reload_weights(2.0)
+    for old, new in zip(before, buffers, strict=True):
+        assert new[:, CENTER].norm() > 1.9 * old[:, CENTER].norm()
+
+
+def test_with_adapters_the_model_itself_is_measured(qwen: Path) -> None:
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    want = key_frames(*load(qwen))
+    model, config = load(qwen, {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8})
+    runner = LoRAModelRunnerMixin()
+    with set_current_vllm_config(config):
+        adapted = runner.load_lora_model(model, config, torch.device("cpu"))
+    worker_of(adapted, config, runner)._measure_keys()
+    layers = get_layers_from_vllm_config(config, Attention)
+    for name, frame in zip(sorted(layers), want, strict=True):
+        torch.testing.assert_close(layers[name].impl.key_frame, frame, rtol=1e-4, atol=1e-4)
+
+
+def test_no_more_tokens_are_measured_than_a_step_can_have(qwen: Path) -> None:
+    _, config = load(qwen, {"max_num_batched_tokens": 100})
+    positions = positions_to_measure(config)
+    assert 80 <= len(positions) <= 100
+    assert positions.max() == 16 * NUM_TOKENS - 1
 
 
 def test_option_leaves_keys_as_they_come(qwen: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,16 @@ def engine_config(model: Path, **engine_args: Any) -> VllmConfig:
     return EngineArgs(model=str(model), **args).create_engine_config()
 
 
+def platform_backend(config: VllmConfig) -> str:
+    """Name of the backend that vLLM itself chooses for the layers of ``build_layer``."""
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    select = current_platform.get_attn_backend_cls.__wrapped__
+    needs = AttentionSelectorConfig(64, torch.bfloat16, "auto", config.cache_config.block_size)
+    with set_current_vllm_config(config):
+        return resolve_obj_by_qualname(select(None, needs)).get_name()
+
+
 def build_layer(config: VllmConfig, **overrides: Any) -> Attention:
     """Construct an attention layer as a model would, backend selection included."""
     arguments: dict[str, Any] = {
@@ -71,8 +82,8 @@ def test_registration_is_idempotent() -> None:
 
 
 def test_other_cache_dtypes_keep_their_backend_and_their_checks(tiny_llama: Path) -> None:
-    layer = build_layer(engine_config(tiny_llama, kv_cache_dtype="auto"))
-    assert layer.attn_backend.get_name() == "CPU_ATTN"
+    config = engine_config(tiny_llama, kv_cache_dtype="auto")
+    assert build_layer(config).attn_backend.get_name() == platform_backend(config) != "TURBOQUANT3"
     with pytest.raises(ValueError, match="cache_dtype"):
         CacheConfig(cache_dtype="turboquant9")
 
@@ -83,7 +94,7 @@ def test_skipped_layers_keep_their_backend(tiny_llama: Path) -> None:
         build_layer(config, prefix=f"model.layers.{i}.self_attn.attn").attn_backend.get_name()
         for i in range(2)
     ]
-    assert names == ["TURBOQUANT3", "CPU_ATTN"]
+    assert names == ["TURBOQUANT3", platform_backend(config)]
 
 
 def test_sliding_window_layers_have_pages_of_slots(tiny_llama: Path) -> None:
@@ -202,6 +213,67 @@ def test_an_unsupported_configuration_is_refused_before_the_engine_starts(tiny_l
     with pytest.raises(UnsupportedError) as error:
         engine_config(tiny_llama, worker_cls="my.Worker")
     assert_one_line(error.value, "--worker-cls my.Worker takes the place of the worker that")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "reason"),
+    [
+        ("parallel_config", "enable_elastic_ep", True, "--enable-elastic-ep is not supported"),
+        ("", "speculative_config", SimpleNamespace(), "--no-async-scheduling turns that off"),
+        ("model_config", "_model_info", SimpleNamespace(is_hybrid=True), "Mamba or linear"),
+    ],
+    ids=["elastic EP", "asynchronous speculation", "hybrid model"],
+)
+def test_what_would_be_served_wrongly_is_refused(
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    name: str,
+    value: Any,
+    reason: str,
+) -> None:
+    from vllm_turboquant import backend
+
+    config = engine_config(tiny_llama)
+    monkeypatch.setattr(config.scheduler_config, "async_scheduling", True)
+    monkeypatch.setattr(backend, "_device_checks", lambda *needs: [])
+    monkeypatch.setattr(backend.current_platform, "is_cpu", lambda: False)
+    backend.check_config(config)
+    monkeypatch.setattr(getattr(config, part) if part else config, name, value)
+    with pytest.raises(UnsupportedError) as error:
+        backend.check_config(config)
+    assert_one_line(error.value, reason)
+
+
+def test_a_draft_model_alone_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config(tiny_llama, kv_cache_dtype="auto")
+    drafting = SimpleNamespace(kv_cache_dtype="turboquant3")
+    monkeypatch.setattr(config, "speculative_config", drafting)
+    with pytest.raises(UnsupportedError) as error:
+        current_platform.check_and_update_config(config)
+    assert_one_line(error.value, "a draft model alone cannot have this cache")
+
+
+def test_attention_that_is_not_causal_is_refused(tiny_llama: Path) -> None:
+    config = engine_config(tiny_llama)
+    layer = build_layer(config)
+    spec = replace(layer.get_kv_cache_spec(config), non_causal=True, state_content_bytes=None)
+    with pytest.raises(UnsupportedError) as error:
+        layer.attn_backend.customize_spec(spec)
+    assert_one_line(error.value, "attention that is not causal is not supported")
+
+
+def test_a_layer_with_an_attention_of_its_own_is_refused(tiny_llama: Path) -> None:
+    from vllm_turboquant.attention import coded_layers
+
+    config = engine_config(tiny_llama)
+    layer = build_layer(config)
+    assert list(coded_layers(config).values()) == [layer]
+    layer.impl = SimpleNamespace()
+    with pytest.raises(UnsupportedError) as error:
+        coded_layers(config)
+    reason = "the attention of model.layers.0.self_attn.attn is SimpleNamespace, which the model"
+    assert_one_line(error.value, reason)
 
 
 def test_only_our_cache_gets_the_worker_that_measures_keys(tiny_llama: Path) -> None:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
 
 
+#: Query rows whose scores with the center are computed at once.
+CENTER_ROWS = 512
+
+
 class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     """Attention of one layer.
 
@@ -247,10 +251,12 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
 
     def _center_scores(self, query: Tensor) -> Tensor:
         """What the center adds to every score of a row: [num_heads, num_tokens] float32."""
-        center = self.key_frame[:, CENTER].repeat_interleave(
+        center = self.scale * self.key_frame[:, CENTER].repeat_interleave(
             self.num_heads // self.num_kv_heads, dim=0
         )
-        return self.scale * (query * center).sum(dim=-1).T
+        # A part at a time: the product takes four bytes a coordinate, which nobody has reserved.
+        parts = [(part * center).sum(dim=-1) for part in query.split(CENTER_ROWS)]
+        return torch.cat(parts).T
 
     def _attend_cache(
         self,
@@ -289,12 +295,22 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
 
 
 def coded_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
-    """The model's attention layers that have this cache, by name."""
-    return {
+    """The model's attention layers that have this cache, by name.
+
+    Raises:
+        UnsupportedError: A layer brings an attention of its own, which does not know this cache.
+    """
+    layers = {
         name: layer
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
         if layer.kv_cache_dtype == CACHE_DTYPE
     }
+    for name, layer in layers.items():
+        if not isinstance(layer.impl, TurboQuant3Impl):
+            raise UnsupportedError(
+                f"the attention of {name} is {type(layer.impl).__name__}, which the model chose"
+            )
+    return layers
 
 
 def implementation(layer: Attention) -> TurboQuant3Impl:

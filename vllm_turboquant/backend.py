@@ -75,6 +75,10 @@ class TurboQuant3Backend(AttentionBackend):
         return False
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # prefill is planned on the host
+
+    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -88,6 +92,8 @@ class TurboQuant3Backend(AttentionBackend):
                 f"values of another head size than keys ({spec.head_size_v} and {spec.head_size}) "
                 "are not supported"
             )
+        if getattr(spec, "non_causal", False):
+            raise UnsupportedError("attention that is not causal is not supported")
         return replace(spec, state_content_bytes=SlotLayout(spec.head_size).slot_bytes)
 
     @classmethod
@@ -203,9 +209,16 @@ def check_config(vllm_config: VllmConfig) -> None:
             "leave the option out"
         )
     parallel.worker_cls = WORKER
+    if parallel.enable_elastic_ep:
+        raise UnsupportedError("--enable-elastic-ep is not supported")
+    _refuse_speculation(vllm_config)
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if model is None:
         return
+    if model.is_hybrid:
+        raise UnsupportedError(
+            "models with Mamba or linear attention layers are not supported, only attention is"
+        )
     needs = AttentionSelectorConfig(
         head_size=model.get_head_size(),
         dtype=model.dtype,
@@ -216,6 +229,20 @@ def check_config(vllm_config: VllmConfig) -> None:
         use_kv_connector=vllm_config.kv_transfer_config is not None,
     )
     _refuse_unsupported(vllm_config.attention_config.backend, needs)
+
+
+def _refuse_speculation(vllm_config: VllmConfig) -> None:
+    """Refuse drafts of which the host does not know how many were accepted: it plans attention.
+
+    Raises:
+        UnsupportedError: One line with the option that lets it know.
+    """
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    if vllm_config.speculative_config and asynchronous and not current_platform.is_cpu():
+        raise UnsupportedError(
+            "speculative decoding with asynchronous scheduling is not supported yet; "
+            "--no-async-scheduling turns that off"
+        )
 
 
 def _refuse_unsupported(

@@ -6,9 +6,10 @@ weighs. Random tokens will do, so no data is needed. A frame has to be the same 
 ever share a cache, and the same in every replica. RoPE turns keys, and so their mean, with the
 position: the mean over the first positions alone would be far from keys at position 10000.
 
-The result is deterministic: equal weights and an equal max_model_len give equal frames. Every
-tensor parallel rank measures those of its own heads; ranks that each have a copy of a KV head, and
-of its cache, balance it for their own query heads.
+The result is deterministic: equal weights and an equal max_model_len give equal frames, where
+max_num_batched_tokens leaves room for all tokens that are measured. Every tensor parallel rank
+measures those of its own heads; ranks that each have a copy of a KV head, and of its cache, balance
+it for their own query heads.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import set_current_vllm_config
+from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
 
 from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.attention import coded_layers, implementation
+from vllm_turboquant.errors import UnsupportedError
 from vllm_turboquant.frame import make_frame, plain_frame
+from vllm_turboquant.fresh import FreshRequests, fresh_attention
 from vllm_turboquant.options import read_options
 
 if TYPE_CHECKING:
@@ -127,11 +131,20 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     for layer in layers.values():
         for buffer, tensor in implementation(layer).buffers().items():
             layer.register_buffer(f"{CACHE_DTYPE}_{buffer}", tensor, persistent=False)
+    own = set(model.modules())
+    drafted = [name for name, layer in layers.items() if layer not in own]
+    layers = {name: layer for name, layer in layers.items() if layer in own}
     if not layers or not read_options(vllm_config).measure_keys:
         return
+    if drafted:
+        logger.info_once(
+            "%s keys of the draft model are coded as they come (%s); "
+            '"kv_cache_dtype": "auto" in --speculative-config leaves them exact',
+            CACHE_DTYPE,
+            ", ".join(drafted),
+        )
     start = time.perf_counter()
-    positions = measured_positions(vllm_config.model_config.max_model_len)
-    positions = positions.to(next(model.parameters()).device)
+    positions = positions_to_measure(vllm_config).to(next(model.parameters()).device)
     with torch.inference_mode():
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             how = "the biases of the key projections, because a pipeline stage cannot run alone"
@@ -140,6 +153,11 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
             how = f"{len(positions)} random tokens"
             moments = _measured_moments(model, layers, positions, vllm_config)
         for name, measured in moments.items():
+            if not measured.frame.isfinite().all():
+                raise UnsupportedError(
+                    f"keys of {name} are not finite in a run over random tokens, which the option "
+                    "measure_keys leaves out"
+                )
             implementation(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
     logger.info_once(
@@ -153,22 +171,30 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     )
 
 
-def measured_positions(max_model_len: int) -> Tensor:
+def positions_to_measure(vllm_config: VllmConfig) -> Tensor:
+    """Where keys of this engine are measured; as many as a step of it can have, at most."""
+    most = min(NUM_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
+    return measured_positions(vllm_config.model_config.max_model_len, most)
+
+
+def measured_positions(max_model_len: int, most: int = NUM_TOKENS) -> Tensor:
     """Where keys are measured: everywhere, most densely where most contexts reach.
 
     Args:
         max_model_len: Tokens of the longest context.
+        most: Positions at most, less than one span of them only with a shorter context.
 
     Returns:
         [num_tokens] int64, spans of consecutive positions; the distance of their beginnings grows
         geometrically.
     """
-    length = NUM_TOKENS // NUM_SPANS
-    if max_model_len <= NUM_TOKENS:
+    length = max(most // NUM_SPANS, 1)
+    if max_model_len <= most:
         return torch.arange(max_model_len)
     growth = torch.linspace(0, 1, NUM_SPANS, dtype=torch.float64)[1:]
     starts = length * ((max_model_len - length) / length) ** growth
-    return torch.cat([torch.arange(length) + round(start) for start in (0, *starts.tolist())])
+    spans = [torch.arange(length) + round(start) for start in (0, *starts.tolist())]
+    return torch.cat(spans)[:most]
 
 
 def _measured_moments(
@@ -184,7 +210,7 @@ def _measured_moments(
     if config.uses_mrope:  # temporal, height and width positions, the same for text
         positions = positions.expand(3, -1).contiguous()
     with (
-        _observed_moments(layers) as moments,
+        _observed_moments(layers, vllm_config) as moments,
         set_current_vllm_config(vllm_config),
         # NOTE: compiled, this run would be the one that torch.compile specializes for.
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
@@ -197,20 +223,54 @@ def _measured_moments(
 
 
 @contextmanager
-def _observed_moments(layers: Mapping[str, Attention]) -> Iterator[dict[str, KeyMoments]]:
-    """Collect every layer's moments; meanwhile, layers attend without a cache."""
+def _observed_moments(
+    layers: Mapping[str, Attention], vllm_config: VllmConfig
+) -> Iterator[dict[str, KeyMoments]]:
+    """Collect every layer's moments; meanwhile, all layers attend without a cache.
+
+    Those of other caches too, whose implementations would give nothing, or anything, in such a run.
+    """
     moments: dict[str, KeyMoments] = {}
 
     def observe(name: str, query: Tensor, key: Tensor) -> None:
         moments[name] = KeyMoments.of(query, key)
 
+    others = [
+        layer
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
+        if layer.kv_cache_dtype != CACHE_DTYPE and layer.attn_type == AttentionType.DECODER
+    ]
     for name, layer in layers.items():
         implementation(layer).observe = partial(observe, name)
+    for layer in others:
+        layer.impl.forward = partial(_attend_without_cache, layer)
     try:
         yield moments
     finally:
         for layer in layers.values():
             implementation(layer).observe = None
+        for layer in others:
+            del layer.impl.forward
+
+
+def _attend_without_cache(
+    layer: Attention,
+    _layer: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    attn_metadata: None,
+    output: Tensor,
+    *_scales: Tensor | None,
+    **_more: Any,
+) -> Tensor:
+    """``AttentionImpl.forward`` of a layer with another cache, for one sequence without any."""
+    sequence = FreshRequests.of_lengths([len(query)], query.device)
+    fresh_attention(
+        query, key, value, sequence, layer.impl.scale, output, layer.sliding_window or 0
+    )
+    return output
 
 
 def _bias_moments(

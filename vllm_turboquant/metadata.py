@@ -54,7 +54,7 @@ class PagedRequests:
 
 @dataclass(frozen=True)
 class PrefillRequests:
-    """Requests with more than one row in this step.
+    """Requests that do not decode: in general those with more than one row in this step.
 
     Attributes:
         fresh: Their tokens of this step.
@@ -170,7 +170,8 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
             lengths = batch.seq_lens[first_req : batch.num_reqs]
             cached = PagedRequests(query_start_loc, lengths, block_table)
             return PrefillRequests(fresh, cached=cached)
-        # On the host, so that the device need not be waited for; exact for prefill requests.
+        # On the host, so that the device need not be waited for. Exact but for requests that verify
+        # drafts under asynchronous scheduling, which are refused.
         seq_lens = batch.seq_lens_cpu_upper_bound
         if seq_lens is None:
             seq_lens = batch.seq_lens.cpu()

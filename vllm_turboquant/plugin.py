@@ -84,6 +84,10 @@ def _hook_config_check(platform: type[Platform]) -> None:
             from vllm_turboquant.backend import check_config
 
             check_config(vllm_config)
+        elif getattr(vllm_config.speculative_config, "kv_cache_dtype", None) == CACHE_DTYPE:
+            from vllm_turboquant.errors import UnsupportedError
+
+            raise UnsupportedError("a draft model alone cannot have this cache")
         check(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
