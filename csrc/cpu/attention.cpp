@@ -7,9 +7,9 @@
 // Score: alpha (<q1, C[i]> + rho <q2, s>) + <q, o>; output: (H D3)^T sum_t p_t beta_t C[i_t].
 // The center's share of <q, o> is the same for all keys and enters the log-sum-exp at the end.
 // Tokens in the window of a request that have 8-bit copies are scored, and their values added, from
-// those: <q1, scale e> + <q, o> and sum_t p_t scale_t e_t. Their codes are not looked at.
-// Source: reference.py, reference_recent.py. Reads slot_bytes per token, KV head and row tile;
-// compute-bound.
+// those: <q1, scale e> + <q, o> and sum_t p_t scale_t e_t. Their codes are decoded with the
+// others', and get no weight. Source: reference.py, reference_recent.py. Reads slot_bytes per
+// token, KV head and row tile; compute-bound.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -21,7 +21,7 @@
 #include "cpu/rows.h"
 #if defined(__AVX512VNNI__)
 #include "cpu/codes_avx512.h"
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/codes_avx2.h"
 #else
 #include "cpu/codes_float.h"

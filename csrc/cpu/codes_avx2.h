@@ -100,7 +100,10 @@ class CodeTile : public FloatValues<kGroup, 128, 6> {
       const auto split = [&](int64_t rows_at, int stride, int num_bytes, int table) {
         const uint8_t* a = first.region + rows_at + int64_t{first.offset} * stride;
         const uint8_t* b = second.region + rows_at + int64_t{second.offset} * stride;
-        if (num_bytes == 8) return split_columns<8>(a, b, 2 * stride, block, table);
+        if (num_bytes == 8) {  // signs of a head of 64 coordinates, without gaps
+          split_columns<8>(a, b, 16, block, table);
+          return;
+        }
         for (int i = 0; i < num_bytes; i += 16) {
           split_columns<16>(a + i, b + i, stride, block, table + 2 * i);
         }

@@ -8,7 +8,7 @@
 // Output: (H D3)^T sum_t p_t beta_t C[i_t].
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
 // Where the request's window has 8-bit copies (reference_recent.py), the CTA with its last tokens
-// reads these, before its batches, and no CTA their codes.
+// reads these, after its batches; their codes get no weight.
 // Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
 // codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
 // The order of additions is fixed, so equal inputs give equal bits.

@@ -221,7 +221,7 @@ __device__ inline void combine_splits(const TilePartials<Traits>& partials, int 
         for (int e = 0; e < kCount; ++e) out[g][e] *= scale * sign[e];
         write_row(a.out, token, head, g * kGroup + lane * kCount, out[g]);
       }
-      if (lane == 0) a.lse[head * a.lse_stride + token] = max == -INFINITY ? max : max + logf(sum);
+      if (lane == 0) a.lse[head * a.lse_stride + token] = sum == 0.0f ? -INFINITY : max + logf(sum);
     }
     __syncthreads();  // shared memory is free for the next rows
   }

@@ -74,8 +74,10 @@ inline AttentionParams attention_params(const Tensor& query, const Tensor& kv_ca
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   AttentionParams p;
   p.cache = cache(kv_cache, head_dim);
-  STD_TORCH_CHECK(num_heads % p.cache.num_kv_heads == 0, "query has ", num_heads,
-                  " heads, expected a multiple of kv_cache's ", p.cache.num_kv_heads);
+  STD_TORCH_CHECK(
+      num_heads > 0 && p.cache.num_kv_heads > 0 && num_heads % p.cache.num_kv_heads == 0,
+      "query has ", num_heads, " heads, expected a positive multiple of kv_cache's ",
+      p.cache.num_kv_heads);
   p.query = rows("query", query, num_heads, head_dim);
   check_shape("seq_lens", seq_lens, {kAny});
   p.num_reqs = static_cast<int>(seq_lens.size(0));
