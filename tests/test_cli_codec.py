@@ -55,7 +55,8 @@ def npy(tmp_path: Path) -> Path:
 def safetensors(tmp_path: Path) -> Path:
     """Two tensors, "key" and "value"."""
     path = tmp_path / "kv.safetensors"
-    save_file({"key": keys().bfloat16(), "value": torch.randn(300, 64)}, path)
+    value = random_vectors("Gaussian", 300, 64, seed=0).float()
+    save_file({"key": keys().bfloat16(), "value": value}, path)
     return path
 
 
@@ -258,6 +259,8 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["--tensor", "key"], "--tensor names a tensor of a file; give the file with --data"),
         (["--json", "no/a.json"], "--json: the folder no does not exist; create it first"),
         (["--plot", "no/a.png"], "--plot: the folder no does not exist; create it first"),
+        (["--json", "."], "--json: . is a folder; name a file in it"),
+        (["--plot", "."], "--plot: . is a folder; name a file in it"),
         (["--plot", "a.gif"], "--plot: a.gif is no .png, .svg or .pdf file; give it one of these"),
         (["--data", "no.npy"], "no.npy is not a file; give a .npy or .safetensors file"),
         (["--data", "."], ". is not a file; give a .npy or .safetensors file"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from vllm_turboquant.cli.eval import evaluate
 from vllm_turboquant.evaluation.prepare import default_texts
+from vllm_turboquant.options import MAX_COPIES_SHARE
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"
 TINY = (
@@ -50,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.fail(f"{MODEL} is missing; `make test` fetches it", pytrace=False)
     out = tmp_path_factory.mktemp("evaluation")
     result = run(str(MODEL), *TINY, *row_options(*ROWS), "--out", str(out))
-    assert result.exit_code == 0, result.output
+    complete = all(row["status"] == "complete" for row in report(out).values())
+    assert result.exit_code == (0 if complete else 1), result.output
     return out
 
 
@@ -75,12 +80,14 @@ def test_needles_answers_and_capacity(folder: Path) -> None:
     for name in ("auto", "turboquant3", "naive_int8"):
         (cell,) = rows[name]["recall"]
         assert (cell["length"], cell["depth"], cell["total"]) == (96, 50, 1)
-        assert cell["found"] in (0, 1)
-    assert rows["auto"]["recall"][0]["found"] == 1
-    assert (rows["auto"]["answers_equal"], rows["auto"]["num_answers"]) == (12, 12)
-    assert rows["naive_int8"]["answers_agree"] > rows[CODES]["answers_agree"]
-    for name in ("turboquant3", CODES):
-        assert 5.7 < rows[name]["capacity_ratio"] < 5.9
+        assert cell["found"] == 1
+    assert rows["auto"]["num_answers"] == 12
+    agree = {name: rows[name]["answers_agree"]["mean"] for name in ("naive_int8", CODES)}
+    assert agree["naive_int8"] > agree[CODES]
+    assert 5.7 < rows[CODES]["capacity_ratio"] < 5.9
+    ratio = rows["turboquant3"]["capacity_ratio"]
+    # Copies take their share of the memory, and the last of 4,000 blocks may not fit.
+    assert 0.999 / (1 + MAX_COPIES_SHARE) < ratio / rows[CODES]["capacity_ratio"] < 1
     assert rows["naive_int8"]["capacity_ratio"] is None
 
 
@@ -128,6 +135,38 @@ def test_what_is_measured_is_decoding(folder: Path, tmp_path: Path) -> None:
     # Equal in the mean only: bfloat16 rounds another way in each batch, and codes amplify that.
     assert kl[CODES] == pytest.approx(decoding, rel=0.3)
     assert kl[EXACT] < decoding / 10
+
+
+@pytest.mark.vllm
+def test_capacity_is_that_of_the_steps_asked_for() -> None:
+    """A request of 1,024 tokens in blocks of 16: 64 of a layer that sees all, and for a window of
+    40 those of 39 earlier tokens and one step, which begin anywhere in a block."""
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
+
+    from vllm_turboquant.evaluation.recorder import Recorder
+
+    recorder = Recorder()
+    recorder.vllm_config = VllmConfig()
+    recorder.vllm_config.model_config = SimpleNamespace(max_model_len=1024)
+    recorder.vllm_config.scheduler_config.max_num_batched_tokens = 17  # of this engine
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
+    specs = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=40)
+    groups = [KVCacheGroupSpec([str(i)], spec) for i, spec in enumerate(specs)]
+    recorder.model_runner = SimpleNamespace(
+        kv_cache_config=KVCacheConfig(num_blocks=690, kv_cache_tensors=[], kv_cache_groups=groups)
+    )
+    batches = recorder.vllm_config.max_concurrent_batches
+    for step_tokens in (17, 64):
+        blocks = 64 + math.ceil((39 + batches * step_tokens) / 16) + 1
+        assert recorder.capacity_tokens(step_tokens) == int(690 / blocks * 1024)
+    assert recorder.vllm_config.scheduler_config.max_num_batched_tokens == 17
 
 
 @pytest.mark.vllm

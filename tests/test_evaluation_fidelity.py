@@ -60,9 +60,11 @@ def test_tokens_that_the_reference_excludes_add_nothing() -> None:
 
 @pytest.mark.parametrize("context", [5, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 50])
 def test_a_window_scored_in_chunks_is_the_mean_over_its_tokens(context: int) -> None:
+    generator = torch.Generator().manual_seed(0)
     head = nn.Linear(16, 100).requires_grad_(False)
-    reference, other = torch.randn(2, context, 16)
-    tokens = torch.randint(100, (context,))
+    nn.init.normal_(head.weight, std=0.25, generator=generator)
+    reference, other = torch.randn(2, context, 16, generator=generator)
+    tokens = torch.randint(100, (context,), generator=generator)
     scores = score_window(head, reference, other, tokens)
     assert scores is not None
     whole = compare_logits(head(reference[:-1]), head(other[:-1]), tokens[1:])
@@ -92,7 +94,7 @@ def test_estimate() -> None:
 @pytest.mark.parametrize("in_lockstep", [False, True])
 def test_hidden_states_are_put_together_in_the_order_of_the_engine(in_lockstep: bool) -> None:
     windows = [[5, 6, 7, 8], [9, 5, 6, 7], [1, 2, 3, 4]]
-    hidden = torch.randn(3, 4, 8)
+    hidden = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     recording = Recording.expect(windows, in_lockstep)
     steps = (
         [(slice(None), i) for i in range(4)]

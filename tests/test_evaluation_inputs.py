@@ -14,6 +14,7 @@ from vllm_turboquant.evaluation.prepare import (
     Tokens,
     bos_prefix,
     clip,
+    cpu_name,
     default_texts,
     make_needles,
     make_windows,
@@ -35,6 +36,13 @@ class Words:
 
 
 WORDS = " ".join(f"w{i}" for i in range(1000))
+
+
+def test_the_name_of_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Some CPU: 2\n\nmodel name\t: ?\n")
+    (tmp_path / "arm").write_text("processor\t: 0\n")
+    names = [cpu_name(tmp_path / name) for name in ("x86", "arm", "no Linux")]
+    assert names == ["Some CPU: 2", "CPU", "CPU"]
 
 
 def test_windows_are_equally_long_and_spread_over_the_text() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -11,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+import vllm_turboquant
+from vllm_turboquant.estimate import Estimate
 from vllm_turboquant.evaluation import runner
 from vllm_turboquant.evaluation.plan import (
     Engine,
@@ -26,15 +30,17 @@ from vllm_turboquant.evaluation.plan import (
     hidden_path,
 )
 from vllm_turboquant.evaluation.report import (
+    MIN_CLUSTERS,
     common_prefix,
     footnotes,
     make_table,
     summarize,
+    summarize_text,
     write_json,
 )
 from vllm_turboquant.evaluation.rows import Row, parse_row
 from vllm_turboquant.evaluation.run_row import one_line
-from vllm_turboquant.evaluation.runner import Evaluation
+from vllm_turboquant.evaluation.runner import Evaluation, complete_results
 
 DTYPES = ("auto", "fp8", "turboquant_3bit_nc")
 PLAN = Plan(
@@ -71,6 +77,7 @@ def result(
     return Result(
         row=row,
         fingerprint=fingerprint(PLAN, row),
+        date="2026-11-27",
         status="complete",
         engine=Engine(
             backends=[backend],
@@ -134,7 +141,40 @@ def test_another_model_in_the_same_folder_makes_rows_run_again(tmp_path: Path) -
     digests.append(fingerprint(plan, row))
     (model / "config.json").write_text('{"a": 2}')
     digests.append(fingerprint(plan, row))
+    os.utime(model / "config.json", ns=(0, 1))  # as other weights of the same size
+    digests.append(fingerprint(plan, row))
+    assert len(set(digests)) == 4
+
+
+def test_edited_code_makes_rows_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_turboquant, "__file__", str(tmp_path / "__init__.py"))
+    row = parse_row("fp8", DTYPES)
+    digests = [fingerprint(PLAN, row)]
+    for name in ("layout.py", "evaluation/naive.py", "cli/eval.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        digests.append(fingerprint(PLAN, row))
     assert len(set(digests)) == 3
+    assert digests[2] == digests[3]  # a command line computes nothing
+
+
+def test_complete_results_are_found_with_those_that_do_not_fit(tmp_path: Path) -> None:
+    keep(tmp_path, result("fp8"))
+    keep(tmp_path, result("naive_int4").model_copy(update={"fingerprint": "of another plan"}))
+    keep(tmp_path, unavailable("turboquant_3bit_nc"))
+    (tmp_path / "of another version.json").write_text('{"status": "complete", "fingerprint": 1}')
+    for content in ("{", "[]", '{"rows": []}', '{"status": "complete"}'):
+        (tmp_path / f"{len(content)}.json").write_text(content)
+    found = {file.stem: fits for file, fits in complete_results(PLAN, tmp_path)}
+    assert found == {"fp8": result("fp8"), "naive_int4": None, "of another version": None}
+
+
+def test_other_rows_of_the_folder_are_those_that_fit_and_were_not_asked_for(tmp_path: Path) -> None:
+    for name in ("auto", "fp8", "naive_int8"):
+        keep(tmp_path, result(name))
+    keep(tmp_path, result("naive_int4").model_copy(update={"fingerprint": "of another plan"}))
+    asked = [parse_row(name, DTYPES) for name in ("auto", "fp8")]
+    assert evaluation(tmp_path).others(asked) == [result("naive_int8")]
 
 
 def test_the_reference_runs_again_without_its_hidden_states(tmp_path: Path) -> None:
@@ -247,10 +287,37 @@ def test_summary() -> None:
     assert fp8.capacity_ratio == pytest.approx(1.9)
     assert [(c.depth, c.found, c.total) for c in fp8.recall] == [(0, 1, 2), (100, 0, 1)]
     assert (fp8.answers_equal, fp8.num_answers) == (1, 2)
-    assert fp8.answers_agree == pytest.approx((0.5 + 1) / 2)
+    assert fp8.answers_agree == Estimate(0.75, pytest.approx(0.25))  # of 0.5 and 1
     assert fp8.notes == []
     assert auto.capacity_ratio == 1
-    assert auto.answers_agree == 1
+    assert auto.answers_agree is auto.answers_equal is None  # nothing to compare them with
+
+
+def windows_that_differ(num_windows: int, generator: torch.Generator) -> list[WindowScore]:
+    """Windows of 16 parts with a deviation of 1 in common and one of 0.5 each of their own."""
+    common = torch.randn(num_windows, 1, generator=generator, dtype=torch.float64)
+    own = torch.randn(num_windows, 16, generator=generator, dtype=torch.float64)
+    values = (common + own / 2).tolist()
+    other = [0.0] * 16
+    return [
+        WindowScore(sizes=[8] * 16, nll=other, reference_nll=other, kl=kl, agreement=other)
+        for kl in values
+    ]
+
+
+@pytest.mark.parametrize("num_windows", [MIN_CLUSTERS, 8])
+def test_the_error_is_that_of_windows_that_differ(num_windows: int) -> None:
+    """The mean of 400 squared errors is that of the distribution within 4 %."""
+    generator = torch.Generator().manual_seed(0)
+    found = [summarize_text(windows_that_differ(num_windows, generator)).kl for _ in range(400)]
+    claimed = sum(estimate.error**2 for estimate in found) / len(found)
+    assert claimed == pytest.approx((1 + 0.5**2 / 16) / num_windows, rel=0.1)
+
+
+def test_few_windows_take_parts_for_independent() -> None:
+    windows = windows_that_differ(MIN_CLUSTERS - 1, torch.Generator().manual_seed(0))
+    parts = [value for window in windows for value in window.kl]
+    assert summarize_text(windows).kl == Estimate.of(parts, [8] * len(parts))
 
 
 @pytest.mark.parametrize(
@@ -270,16 +337,34 @@ def test_summary() -> None:
 def test_notes(row: Result, note: str) -> None:
     summaries = summarize(PLAN, [result("auto"), row])
     assert summaries[0].notes == []
-    (line,) = footnotes(summaries)[1:]
+    (line,) = footnotes(PLAN, summaries)[1:]
     assert line.startswith("[1] ")
     assert re.search(note, line)
 
 
 def test_notes_of_copies() -> None:
     summaries = summarize(PLAN, [result("auto"), result("turboquant3", 0.1)])
-    in_lockstep, memory = footnotes(summaries)[1:]
+    in_lockstep, memory = footnotes(PLAN, summaries)[1:]
     assert "computed one token a step" in in_lockstep
-    assert "beside that of the cache, at most 4% of it" in memory
+    assert "room in the same memory, here for few requests; for many it can be 4% of it" in memory
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "assumption"),
+    [
+        (MIN_CLUSTERS, "± is one standard error, from the spread of windows. "),
+        (MIN_CLUSTERS - 1, "as if the parts of a window were independent: too small where windows"),
+    ],
+)
+def test_the_first_line_says_what_is_compared(num_windows: int, assumption: str) -> None:
+    texts = [Text(name="prose", windows=[[1, 2]] * num_windows)]
+    plan = PLAN.model_copy(update={"texts": texts})
+    summaries = summarize(PLAN, [result("auto"), result("fp8")])
+    (line,) = footnotes(plan, summaries)
+    assert assumption in line
+    assert "Answers: of 2, how many are equal" in line
+    (line,) = footnotes(plan.model_copy(update={"questions": []}), summaries)
+    assert "Answers" not in line
 
 
 def printed(results: list[Result], *, with_errors: bool, width: int) -> str:
@@ -299,8 +384,9 @@ ROWS = [
 def test_the_table_names_every_row_and_drops_no_digit() -> None:
     text = printed(ROWS, with_errors=True, width=120)
     assert "…" not in text
-    for cell in ("1.90x", "+64.9% ±0.0%", "0.5000 ±0.1443", "75.0%", "simulated", "3/3", "2/2"):
+    for cell in ("1.90x", "+64.9% ±0.0%", "0.5000 ±0.1443", "75.0%", "simulated", "3/3"):
         assert cell in text, cell
+    assert text.count("2/2") == text.count("100% ±0%") == 2  # the reference's answers are its own
     assert "turboquant_3bit_nc [1]" in text
     assert "not available" in text
     assert "naive_int8 [2]" in text
@@ -324,6 +410,11 @@ def test_json_holds_every_row_and_is_strict(tmp_path: Path) -> None:
     assert data["rows"][1]["texts"]["prose"]["kl"] == {"mean": 0.0, "error": None}
     assert data["rows"][1]["answers_agree"] is None
     assert data["plan"]["windows"] == {"prose": 2}
+    assert data["plan"]["step_tokens"] == 64
+    assert data["versions"]["vllm-turboquant"] == vllm_turboquant.__version__
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["rows"][0]["date"] == "2026-11-27"
+    assert [row["in_lockstep"] for row in data["rows"]] == [False, False, True]
 
 
 def test_plots_of_complete_unavailable_and_equal_rows(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Options(BaseModel):
         multiple_of=UNIT_TOKENS,
         description="how many of a request's newest tokens decoding reads from 8-bit copies "
         "instead of codes, at least, where there is memory for them: a multiple of 16 up to 112, "
-        "0 for none; prefill with exact_prefill off reads codes only",
+        "0 for none; prefill with exact_prefill off reads codes only, but for chunks of one token",
     )
 
     @property

@@ -100,6 +100,8 @@ def measure_codes(
 def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
     """Refuse, before anything is computed, what could not be written afterwards."""
     for option, file in (("--json", json_file), ("--plot", plot_file)):
+        if file is not None and file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder; name a file in it", param_hint=option)
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(
                 f"the folder {file.parent} does not exist; create it first", param_hint=option

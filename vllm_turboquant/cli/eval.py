@@ -101,14 +101,20 @@ def evaluate(
         ),
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Measure also the rows that OUT has already.")
+        bool,
+        typer.Option(
+            "--again",
+            help="Measure also the rows that OUT has already, and discard its results of other "
+            "settings.",
+        ),
     ] = False,
 ) -> None:
     """Measure what MODEL loses with each KV cache, beside vLLM's auto.
 
     Every token is read back from the cache: scores are those of decoding, where a cache costs most.
     Prints a table; writes report.json, quality.png, needle.png and the logs of the engines to OUT.
-    Rows that are complete in OUT and were made with the same settings are kept.
+    Rows that are complete in OUT are kept and shown too; where they were made with other settings,
+    nothing runs.
     """
     from rich.console import Console
 
@@ -131,7 +137,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         one_token_steps=one_token_steps,
     )
-    folder = out or Path(f"eval-{Path(model).name}")
+    local = Path(model)
+    folder = out or Path(f"eval-{(local.resolve() if local.is_dir() else local).name}")
     try:
         with console.status("loading vLLM and the tokenizer"):
             rows, plan = _prepare(settings, row or DEFAULT_ROWS)
@@ -140,13 +147,17 @@ def evaluate(
         raise typer.BadParameter(str(error)) from None
     except OSError as error:
         raise typer.BadParameter(f"--out {folder} cannot be a folder: {error}") from None
+    _check_results(plan, folder, again)
     try:
         results = _run(Evaluation(plan, folder), rows, again, console)
     except KeyboardInterrupt:
-        console.print(f"Stopped. Complete rows are kept: the same command goes on from {folder}.")
+        command = "the same command without --again" if again else "the same command"
+        console.print(f"Stopped. Complete rows are kept: {command} goes on from {folder}.")
         raise typer.Exit(130) from None
     _show(plan, results, folder, console)
-    if any(result.status == "failed" for result in results):
+    # Of the rows by default, some are not available on every machine.
+    missed = {"failed", "not available"} if row else {"failed"}
+    if any(result.status in missed for result in results):
         raise typer.Exit(1)
 
 
@@ -165,7 +176,7 @@ def _prepare(settings: Settings, specs: Sequence[str]) -> tuple[list[Row], Plan]
         InputError: Something cannot be used.
         RowError: A row does not exist.
     """
-    from vllm_turboquant.evaluation.prepare import InputError, make_plan
+    from vllm_turboquant.evaluation.prepare import InputError, cpu_name, make_plan
     from vllm_turboquant.evaluation.rows import parse_rows
 
     try:
@@ -175,12 +186,31 @@ def _prepare(settings: Settings, specs: Sequence[str]) -> tuple[list[Row], Plan]
         raise InputError(f"vLLM cannot be imported ({error}); install it first") from None
     rows = parse_rows(specs, get_args(CacheDType))
     on_gpu = not current_platform.is_cpu()
-    device = current_platform.get_device_name() if on_gpu else "CPU"
+    device = current_platform.get_device_name() if on_gpu else cpu_name()
     return rows, make_plan(settings, device, on_gpu)
 
 
+def _check_results(plan: Plan, folder: Path, again: bool) -> None:
+    """Refuse a folder with results that are not of ``plan``; with ``again``, discard these."""
+    from vllm_turboquant.evaluation.runner import complete_results
+
+    misfits = [file for file, result in complete_results(plan, folder) if not result]
+    if misfits and not again:
+        raise typer.BadParameter(
+            f"{folder} holds results of another model, of other settings or versions "
+            f"({', '.join(file.name for file in misfits)}); give another folder with --out, or "
+            "discard them with --again"
+        )
+    for file in misfits:
+        file.unlink()
+
+
 def _run(evaluation: Evaluation, rows: list[Row], again: bool, console: Console) -> list[Result]:
-    """Run the rows that are not there, with progress bars; a broken reference ends it."""
+    """Run the rows that are not there, with progress bars; a broken reference ends it.
+
+    Returns:
+        The results of ``rows``, and of the others that are there.
+    """
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     results: list[Result] = []
@@ -220,6 +250,9 @@ def _run(evaluation: Evaluation, rows: list[Row], again: bool, console: Console)
             markup=False,
         )
         raise typer.Exit(1)
+    for other in evaluation.others(rows):
+        results.append(other)
+        console.print(f"{other.row.name}: kept from an earlier run")
     return results
 
 
@@ -242,7 +275,7 @@ def _show(plan: Plan, results: list[Result], folder: Path, console: Console) -> 
         table = make_table(summaries, with_errors=False)
     # Where even that is too wide, the terminal breaks lines; rich would leave digits out.
     Console(width=max(console.width, _width(table))).print(table)
-    for line in footnotes(summaries):
+    for line in footnotes(plan, summaries):
         console.print(line, markup=False, highlight=False)
     written = [folder / "report.json"]
     write_json(written[0], plan, summaries)

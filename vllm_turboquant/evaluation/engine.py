@@ -80,11 +80,6 @@ class Engine:
                 f"{', '.join(cache['dtypes'])}"
             )
 
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that fit in the memory of the cache, as vLLM computes it."""
-        return int(self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens or 0)
-
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the recorder on all ranks; return what rank 0 does."""
         return self.llm.collective_rpc(method, args=arguments)[0]
@@ -147,10 +142,11 @@ class Engine:
         """
         if not self.in_lockstep:
             return BATCH
-        fitting = self.capacity_tokens // self.plan.max_model_len - 1
+        capacity = self.call("capacity_tokens", BATCH + 1)
+        fitting = capacity // self.plan.max_model_len - 1
         if fitting < 1:
             raise UnavailableError(
-                f"{self.capacity_tokens} tokens fit, and two requests of {self.plan.max_model_len} "
+                f"{capacity} tokens fit, and two requests of {self.plan.max_model_len} "
                 "have to, for one token a step; raise --cache-gib or lower --needle-lengths"
             )
         return min(fitting, BATCH)

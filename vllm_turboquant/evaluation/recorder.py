@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
 from vllm_turboquant.evaluation.fidelity import score_window
 from vllm_turboquant.evaluation.recording import Recording
@@ -24,9 +26,10 @@ FakeQuantizer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Recorder:
-    """Mixed into vLLM's worker, whose ``rank`` and ``model_runner`` it uses."""
+    """Mixed into vLLM's worker, whose ``rank``, ``vllm_config`` and ``model_runner`` it uses."""
 
     rank: int
+    vllm_config: Any
     model_runner: Any
     recording: Recording
     recording_hook: Any
@@ -50,6 +53,20 @@ class Recorder:
                 }
             ),
         }
+
+    def capacity_tokens(self, step_tokens: int) -> int:
+        """Tokens that fit in the cache, by vLLM's own arithmetic.
+
+        For a layer with a window vLLM reserves room for the window and the tokens of one step, so
+        that engines can be compared only for steps of the same size.
+
+        Args:
+            step_tokens: Most tokens computed in one step, in place of this engine's own setting.
+        """
+        config = copy(self.vllm_config)
+        config.scheduler_config = copy(config.scheduler_config)
+        config.scheduler_config.max_num_batched_tokens = step_tokens
+        return get_kv_cache_capacity(config, self.model_runner.kv_cache_config)[0]
 
     def fake_quantize(self, function: str) -> int:
         """Replace keys and values of every layer by what a code would make of them.

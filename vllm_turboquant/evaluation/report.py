@@ -15,9 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_turboquant.estimate import Estimate
-from vllm_turboquant.evaluation.plan import Plan, Result, WindowScore
+from vllm_turboquant.evaluation.plan import Plan, Result, WindowScore, versions
 from vllm_turboquant.options import MAX_COPIES_SHARE
 
+#: From this many windows of a text on, its standard errors come from their spread.
+MIN_CLUSTERS = 4
 #: Backends whose prefill is known to read the paged cache and nothing else (``rows``).
 READING_BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TURBOQUANT3"}
 
@@ -60,12 +62,15 @@ class RowSummary:
         name: Of the row.
         status: As in ``plan.Result``.
         reason: Why it is not complete.
+        date: When it was measured.
+        in_lockstep: Whether it was computed one token a step.
         capacity_tokens: Tokens that fit; None for a simulated cache and without an engine.
         capacity_ratio: The same over the reference's.
         texts: By name.
         recall: One for each length and depth.
-        answers_agree: Mean share of an answer before it first differs from the reference's.
-        answers_equal: Number of answers that never do.
+        answers_agree: Mean share of an answer before it first differs from the reference's; None
+            for the reference itself and without answers.
+        answers_equal: Number of answers that never do; None likewise.
         num_answers: Number of answers.
         notes: Sentences that belong under a table.
     """
@@ -73,12 +78,14 @@ class RowSummary:
     name: str
     status: str
     reason: str
+    date: str
+    in_lockstep: bool
     capacity_tokens: int | None
     capacity_ratio: float | None
     texts: dict[str, TextSummary]
     recall: list[Recall]
-    answers_agree: float
-    answers_equal: int
+    answers_agree: Estimate | None
+    answers_equal: int | None
     num_answers: int
     notes: list[str]
 
@@ -104,20 +111,22 @@ def summarize_row(plan: Plan, reference: Result, result: Result) -> RowSummary:
     if result.engine and reference.engine and not result.row.fake_quantize:
         capacity = result.engine.capacity_tokens
         ratio = capacity / reference.engine.capacity_tokens
-    shares = [
-        common_prefix(want, got) / max(len(want), 1)
-        for want, got in zip(reference.answers, result.answers, strict=False)
-    ]
-    equal = sum(a == b for a, b in zip(reference.answers, result.answers, strict=False))
+    agree = equal = None
+    if result.answers and not result.row.is_reference:
+        pairs = list(zip(reference.answers, result.answers, strict=True))
+        agree = Estimate.of([common_prefix(*pair) / max(len(pair[0]), 1) for pair in pairs])
+        equal = sum(want == got for want, got in pairs)
     return RowSummary(
         name=result.row.name,
         status=result.status,
         reason=result.reason,
+        date=result.date,
+        in_lockstep=plan.is_in_lockstep(result.row),
         capacity_tokens=capacity,
         capacity_ratio=ratio,
         texts={name: summarize_text(windows) for name, windows in result.scores.items()},
         recall=recall(plan, result),
-        answers_agree=sum(shares) / len(shares) if shares else math.nan,
+        answers_agree=agree,
         answers_equal=equal,
         num_answers=len(result.answers),
         notes=list(notes(plan, result)),
@@ -125,11 +134,19 @@ def summarize_row(plan: Plan, reference: Result, result: Result) -> RowSummary:
 
 
 def summarize_text(windows: Sequence[WindowScore]) -> TextSummary:
-    """Means over all windows of a text."""
-    sizes = list(chain.from_iterable(window.sizes for window in windows))
+    """Means over all windows of a text.
+
+    The parts of a window have its text and, in every window, their place in common; windows are
+    independent. Only where they are too few to show their spread, parts are taken for independent.
+    """
+    sizes = [window.sizes for window in windows]
 
     def estimate(value: Callable[[WindowScore], list[float]]) -> Estimate:
-        return Estimate.of(list(chain.from_iterable(map(value, windows))), sizes)
+        parts = [value(window) for window in windows]
+        if len(windows) < MIN_CLUSTERS:
+            return Estimate.of(list(chain(*parts)), list(chain(*sizes)))
+        means = [Estimate.of(*window).mean for window in zip(parts, sizes, strict=True)]
+        return Estimate.of(means, list(map(sum, sizes)))
 
     def difference(window: WindowScore) -> list[float]:
         return [a - b for a, b in zip(window.nll, window.reference_nll, strict=True)]
@@ -181,8 +198,8 @@ def notes(plan: Plan, result: Result) -> list[str]:
         )
     if row.has_copies:
         found.append(
-            "8-bit copies of recent tokens take memory beside that of the cache, at most "
-            f"{MAX_COPIES_SHARE:.0%} of it, which the tokens that fit do not count"
+            "8-bit copies of recent tokens take room in the same memory, here for few requests; "
+            f"for many it can be {MAX_COPIES_SHARE:.0%} of it"
         )
     if engine and not row.fake_quantize and engine.num_coded_layers < engine.num_layers:
         found.append(
@@ -212,15 +229,16 @@ def make_table(summaries: Sequence[RowSummary], with_errors: bool = True) -> Tab
         table.add_column(heading, justify="right", no_wrap=True)
     numbers = note_numbers(summaries)
 
+    def cell(estimate: Estimate, form: str) -> str:
+        error = f" ±{estimate.error:{form.lstrip('+')}}" if with_errors else ""
+        return f"{estimate.mean:{form}}{error}"
+
     def lines(row: RowSummary, value: Callable[[TextSummary], Estimate], form: str) -> str:
-        estimates = [value(text) for text in row.texts.values()]
-        error = f" ±{{error:{form.lstrip('+')}}}" if with_errors else ""
-        template = f"{{mean:{form}}}{error}"
-        return "\n".join(template.format(**asdict(estimate)) for estimate in estimates)
+        return "\n".join(cell(value(text), form) for text in row.texts.values())
 
     for row in summaries:
         marks = "".join(f"[{numbers[note]}]" for note in row.notes)
-        equal, agree = f"{row.answers_equal}/{row.num_answers}", f"{row.answers_agree:.0%}"
+        equal = f"{row.answers_equal}/{row.num_answers}"
         table.add_row(
             escape(f"{row.name} {marks}\n{capacity_cell(row)}"),
             "\n".join(row.texts),
@@ -229,7 +247,7 @@ def make_table(summaries: Sequence[RowSummary], with_errors: bool = True) -> Tab
             lines(row, lambda text: text.kl, ".4f"),
             "\n".join(f"{text.agreement.mean:.1%}" for text in row.texts.values()),
             f"{row.found}/{row.asked}" if row.asked else "",
-            f"{equal}\n{agree}" if row.num_answers else "",
+            f"{equal}\n{cell(row.answers_agree, '.0%')}" if row.answers_agree else "",
         )
     return table
 
@@ -247,12 +265,21 @@ def note_numbers(summaries: Sequence[RowSummary]) -> dict[str, int]:
     return {note: number for number, note in enumerate(distinct, 1)}
 
 
-def footnotes(summaries: Sequence[RowSummary]) -> list[str]:
+def footnotes(plan: Plan, summaries: Sequence[RowSummary]) -> list[str]:
     """The lines under the table."""
+    error = (
+        "from the spread of windows"
+        if min(len(text.windows) for text in plan.texts) >= MIN_CLUSTERS
+        else "as if the parts of a window were independent: too small where windows differ "
+        f"(--windows {MIN_CLUSTERS} or more shows how much they do)"
+    )
+    answers = (
+        f" Answers: of {len(plan.questions)}, how many are equal, and the mean share of tokens "
+        "before the first difference."
+    )
     return [
-        f"Compared with {summaries[0].name} token by token; ± is one standard error. "
-        "top-1: same most likely token. Answers: how many are equal, and the share of tokens "
-        "before the first difference.",
+        f"Compared with {summaries[0].name} token by token; ± is one standard error, {error}. "
+        f"top-1: same most likely token.{answers if plan.questions else ''}",
         *(f"[{number}] {note}" for note, number in note_numbers(summaries).items()),
     ]
 
@@ -265,9 +292,11 @@ def write_json(path: Path, plan: Plan, summaries: Sequence[RowSummary]) -> None:
         "context": plan.context,
         "windows": {text.name: len(text.windows) for text in plan.texts},
         "cache_bytes": plan.cache_bytes,
+        "step_tokens": plan.step_tokens,
         "one_token_steps": plan.one_token_steps,
     }
-    data = {"plan": how, "rows": [asdict(row) for row in summaries]}
+    # All rows were made with these versions: a result of others does not fit the plan.
+    data = {"versions": versions(), "plan": how, "rows": [asdict(row) for row in summaries]}
     path.write_text(json.dumps(_without_nan(data), indent=1) + "\n")
 
 

@@ -77,7 +77,12 @@ def measure(row: Row, plan: Plan, folder: Path, events: Events) -> Result:
 
     An engine that does not start, or breaks off, is a result too.
     """
-    result = Result(row=row, fingerprint=planning.fingerprint(plan, row), status="not available")
+    result = Result(
+        row=row,
+        fingerprint=planning.fingerprint(plan, row),
+        date=planning.today(),
+        status="not available",
+    )
     begin = time.monotonic()
     try:
         from vllm_turboquant.evaluation.engine import Engine
@@ -89,7 +94,7 @@ def measure(row: Row, plan: Plan, folder: Path, events: Events) -> Result:
             backends=engine.backends,
             num_layers=engine.num_layers,
             num_coded_layers=engine.num_coded_layers,
-            capacity_tokens=engine.capacity_tokens,
+            capacity_tokens=engine.call("capacity_tokens", plan.step_tokens),
             start_s=start_s,
         )
         result = result.model_copy(update={"status": "failed", "engine": described})

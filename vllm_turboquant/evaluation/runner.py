@@ -8,11 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from vllm_turboquant.evaluation.plan import Plan, Result, fingerprint, hidden_path
+from pydantic import ValidationError
+
+from vllm_turboquant.evaluation.plan import Plan, Result, fingerprint, hidden_path, today
 from vllm_turboquant.evaluation.rows import Row
 from vllm_turboquant.evaluation.run_row import ENDED
 
@@ -25,6 +28,36 @@ ERROR_LINE = re.compile(r"\b(\w+(?:Error|Exception): .+)$")
 
 OnPhase = Callable[[str], None]
 OnTokens = Callable[[int], None]
+
+
+def complete_results(plan: Plan, folder: Path) -> Iterator[tuple[Path, Result | None]]:
+    """Find the complete results in ``folder``.
+
+    Yields:
+        The file, and the result if ``plan`` would give it again: None if it was made with other
+        settings, another model or other versions.
+    """
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        # Known by two names, not by the whole schema: that of another version may differ.
+        if (
+            isinstance(content, dict)
+            and "fingerprint" in content
+            and content.get("status") == "complete"
+        ):
+            yield file, _fitting(plan, content)
+
+
+def _fitting(plan: Plan, content: dict[str, Any]) -> Result | None:
+    """The result in ``content`` if it has the fingerprint that ``plan`` would give it."""
+    try:
+        result = Result.model_validate(content)
+    except ValidationError:
+        return None
+    return result if result.fingerprint == fingerprint(plan, result.row) else None
 
 
 class Evaluation:
@@ -59,6 +92,11 @@ class Evaluation:
         ):
             return None
         return result
+
+    def others(self, rows: Collection[Row]) -> list[Result]:
+        """The complete results of earlier runs with the same settings, of rows not in ``rows``."""
+        found = (result for _, result in complete_results(self.plan, self.folder))
+        return [result for result in found if result and result.row not in rows]
 
     def run(self, row: Row, on_phase: OnPhase, on_tokens: OnTokens) -> Result:
         """Run one row.
@@ -99,6 +137,7 @@ class Evaluation:
             return Result(
                 row=row,
                 fingerprint=fingerprint(self.plan, row),
+                date=today(),
                 status="failed",
                 reason=f"the process ended with exit code {code}; see {self.log(row)}",
             )
