@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_turboquant import plugin, reference, reference_recent
+from vllm_turboquant.frame import CENTER
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import random_frame
 
@@ -462,3 +463,18 @@ def test_merge_is_attention_over_both_sets() -> None:
     nothing = torch.zeros(1, NUM_HEADS, HEAD_DIM), torch.full((NUM_HEADS, 1), -torch.inf)
     merge_into(out, lse, slice(0, 1), *nothing)
     torch.testing.assert_close(out[0], outs[0][0])
+
+
+def test_scores_with_the_center_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_turboquant import attention
+
+    impl = attention.TurboQuant3Impl(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS)
+    impl.set_key_frame(KEY_FRAME)
+    query = torch.randn(7, NUM_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    center = KEY_FRAME[:, CENTER].repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)
+    want = SCALE * torch.einsum("thd,hd->ht", query.double(), center.double())
+    for rows in (2, 7, 512):
+        monkeypatch.setattr(attention, "CENTER_ROWS", rows)
+        got = impl._center_scores(query)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

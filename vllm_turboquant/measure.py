@@ -182,7 +182,7 @@ def measured_positions(max_model_len: int, most: int = NUM_TOKENS) -> Tensor:
 
     Args:
         max_model_len: Tokens of the longest context.
-        most: Positions at most, less than one span of them only with a shorter context.
+        most: Positions at most.
 
     Returns:
         [num_tokens] int64, spans of consecutive positions; the distance of their beginnings grows
