@@ -222,8 +222,11 @@ def test_with_adapters_the_model_itself_is_measured(qwen: Path) -> None:
         torch.testing.assert_close(layers[name].impl.key_frame, frame, rtol=1e-4, atol=1e-4)
 
 
-def test_no_more_tokens_are_measured_than_a_step_can_have(qwen: Path) -> None:
+def test_frames_depend_on_the_length_of_steps_only_with_adapters(qwen: Path) -> None:
+    """Whose layers have room for the tokens of a step."""
     _, config = load(qwen, {"max_num_batched_tokens": 100})
+    assert torch.equal(positions_to_measure(config), measured_positions(16 * NUM_TOKENS))
+    _, config = load(qwen, {"max_num_batched_tokens": 100, "enable_lora": True})
     positions = positions_to_measure(config)
     assert 80 <= len(positions) <= 100
     assert positions.max() == 16 * NUM_TOKENS - 1

@@ -6,10 +6,9 @@ weighs. Random tokens will do, so no data is needed. A frame has to be the same 
 ever share a cache, and the same in every replica. RoPE turns keys, and so their mean, with the
 position: the mean over the first positions alone would be far from keys at position 10000.
 
-The result is deterministic: equal weights and an equal max_model_len give equal frames, where
-max_num_batched_tokens leaves room for all tokens that are measured. Every tensor parallel rank
-measures those of its own heads; ranks that each have a copy of a KV head, and of its cache, balance
-it for their own query heads.
+The result is deterministic: equal weights and an equal max_model_len give equal frames. Every
+tensor parallel rank measures those of its own heads; ranks that each have a copy of a KV head, and
+of its cache, balance it for their own query heads.
 """
 
 from __future__ import annotations
@@ -172,8 +171,14 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 def positions_to_measure(vllm_config: VllmConfig) -> Tensor:
-    """Where keys of this engine are measured; as many as a step of it can have, at most."""
-    most = min(NUM_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
+    """Where keys of this engine are measured.
+
+    NOTE: Layers with adapters have room for the tokens of one step; with --enable-lora and very
+    short steps, frames are therefore others.
+    """
+    most = NUM_TOKENS
+    if vllm_config.lora_config:
+        most = min(most, vllm_config.scheduler_config.max_num_batched_tokens)
     return measured_positions(vllm_config.model_config.max_model_len, most)
 
 
