@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_turboquant import ops
+from vllm_turboquant.evaluation.prepare import cpu_name
 from vllm_turboquant.frame import plain_frame
 from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
 from vllm_turboquant.options import Options
@@ -211,14 +211,6 @@ def main() -> None:
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
 RECORDS = (BENCHMARKS / "README.md").read_text()
-#: Named in the tables of README.md, in the order of their columns, and in what units of change.
+#: Evaluations, in the order of the columns of README.md.
 MODELS = ("qwen_h100", "smollm2_h100", "gemma_cpu")
 CACHES = {
     "fp8": "`fp8`, scale 1",
@@ -80,6 +80,24 @@ def test_accuracy_by_model(model: str) -> None:
             agree = row["answers_agree"]  # with an error in newer records
             agree = agree["mean"] if isinstance(agree, dict) else agree
             assert [perplexity, kl, f"{100 * agree:.0f} %"] in found, name
+
+
+def test_needles() -> None:
+    """Of each length, as README.md has them."""
+    names = {
+        "auto": "`auto`",
+        "turboquant3:exact_prefill=true": "`turboquant3`",
+        "turboquant3:exact_prefill=true,recent_tokens=0": "`turboquant3`, `recent_tokens` 0",
+    }
+    rows = {row["name"]: row for row in read("needle_qwen_h100")["rows"]}
+    for name, title in names.items():
+        found: dict[int, list[int]] = {}
+        for cell in rows[name]["recall"]:
+            total = found.setdefault(cell["length"], [0, 0])
+            total[0] += cell["found"]
+            total[1] += cell["total"]
+        shares = [f"{hits}/{total}" for _, (hits, total) in sorted(found.items())]
+        assert f"| {title} | {' | '.join(shares)} |" in README
 
 
 def kernel_rows() -> Iterator[tuple[dict[str, Any], str]]:

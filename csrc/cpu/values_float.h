@@ -1,7 +1,6 @@
 // Weighted sums of values in float32: AVX2 and portable. Coordinates in lanes.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "cpu/codes.h"
