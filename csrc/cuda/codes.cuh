@@ -53,10 +53,7 @@ __device__ inline OperandPosition index_position(int coordinate) {
 }
 
 // A sign bit is worth 2^p, p = sign_power(coordinate), and -128 for p = 7.
-__device__ inline int sign_power(int coordinate) {
-  const int bit = coordinate % 8;
-  return bit < 4 ? bit + 4 : bit;
-}
+__device__ inline int sign_power(int coordinate) { return 4 + (coordinate & 3); }
 
 template <int kGroup>
 __device__ inline OperandPosition sign_position(int coordinate) {

@@ -28,9 +28,9 @@ HeadDimKernels kernels_of(int head_dim) {
   }
 }
 
-int rows_per_tile_of(const DecodeShape& shape) {
+int rows_of(const DecodeShape& shape) {
   const int64_t tokens_per_req = (shape.num_tokens + shape.num_reqs - 1) / shape.num_reqs;
-  return tokens_per_req * (shape.num_heads / shape.num_kv_heads) <= 4 ? 4 : 8;
+  return std::clamp<int64_t>(tokens_per_req * (shape.num_heads / shape.num_kv_heads), 1, 8);
 }
 
 // More than two waves of CTAs on `slots` places gain nothing.
@@ -43,16 +43,15 @@ int64_t most_splits(int64_t items, int64_t slots) {
 int64_t most_splits(const DecodeShape& shape) {
   const int64_t items = shape.num_reqs * shape.num_kv_heads;
   const auto resident = kernels_of(shape.head_dim).resident;
-  const int rows_per_tile = rows_per_tile_of(shape);
-  const int64_t slots =
-      std::max(resident({rows_per_tile, true, 1}), resident({rows_per_tile, false, 1}));
+  const int rows = rows_of(shape);
+  const int64_t slots = std::max(resident({rows, true, 1}), resident({rows, false, 1}));
   return most_splits(items, slots);
 }
 
 DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
   const int64_t items = shape.num_reqs * shape.num_kv_heads;
   const auto resident = kernels_of(shape.head_dim).resident;
-  DecodePlan plan{rows_per_tile_of(shape), true, 1};
+  DecodePlan plan{rows_of(shape), true, 1};
   int64_t slots = resident(plan);
   if (items > 2 * slots) {  // or no wide CTA fits
     plan.wide = false;
@@ -80,6 +79,7 @@ void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Par
                             Divisor(plan.num_splits),
                             Divisor(p.num_heads / p.cache.num_kv_heads),
                             Divisor(p.cache.block_size / kUnitTokens),
+                            Divisor(1),  // as launch_traits says, which knows the warps
                             p.scale * kLog2e};
   kernels.decode(params, plan, stream);
 }

@@ -14,6 +14,7 @@
 // The order of additions is fixed, so equal inputs give equal bits.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 
@@ -69,16 +70,10 @@ struct Sight {
     return first_token >= window ? mapped[(first_token - window) / Traits::kUnitTokens] : 0;
   }
 
-  // Whether all tokens of a batch have a copy.
+  // Whether all tokens of a unit have a copy, or it has none.
   __device__ bool is_copied(int first_token) const {
-    bool all = true;
-#pragma unroll
-    for (int k = 0; k < Traits::kBatchUnits; ++k) {
-      const int first = first_token + k * Traits::kUnitTokens;
-      const int count = min(max(seq_len - first, 0), Traits::kUnitTokens);
-      all &= (~unit(first) & ((1 << count) - 1)) == 0;
-    }
-    return all;
+    const int count = min(max(seq_len - first_token, 0), Traits::kUnitTokens);
+    return (~unit(first_token) & ((1 << count) - 1)) == 0;
   }
 
   // Leave of a unit's tokens those that rows see and that have a copy, or have none.
@@ -194,22 +189,23 @@ __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
   }
 }
 
-// Attend to one batch by its codes. Where all rows see all its tokens so, kMasked is not needed.
-template <typename Traits, bool kMasked>
-__device__ inline void attend_batch(const uint2& tables, const uint8_t* batch, int first_token,
+// Attend to neighbouring units by their codes. Where all rows see all their tokens so, kMasked is
+// not needed.
+template <typename Traits, int kUnits, bool kMasked>
+__device__ inline void attend_codes(const uint2& tables, const uint8_t* codes, int first_token,
                                     const QueryOperands<Traits>& query,
                                     const ScoreFactors<Traits>& factors, const Sight<Traits>& sight,
                                     DecodeState<Traits>& state) {
-  UnitScores<Traits> units[Traits::kBatchUnits];
+  UnitScores<Traits> units[kUnits];
 #pragma unroll
-  for (int k = 0; k < Traits::kBatchUnits; ++k) {
-    score_unit<Traits>(tables.x, batch + k * Traits::kUnitBytes, query, factors, &units[k]);
+  for (int k = 0; k < kUnits; ++k) {
+    score_unit<Traits>(tables.x, codes + k * Traits::kUnitBytes, query, factors, &units[k]);
     if constexpr (kMasked) sight.hide(first_token + k * Traits::kUnitTokens, false, &units[k]);
   }
   add_units<Traits>(
       units,
       [&](int k, int g) {
-        return CodedValues<Traits>(tables.y, batch + k * Traits::kUnitBytes, g);
+        return CodedValues<Traits>(tables.y, codes + k * Traits::kUnitBytes, g);
       },
       state);
 }
@@ -227,20 +223,20 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   const bool reads_copies =
       a.copies.data && begin < end && end * Traits::kBatchTokens >= sight.seq_len;
 
-  // 1. Start reading, then prepare the queries while the bytes are on their way. What the warps
-  // need first is asked for first: it would wait behind all codes.
+  // 1. Ask for the first batch, and prepare the queries while its bytes are on their way; then ask
+  // for more. What the warps need first is asked for first: it would wait behind all codes.
   LoadedQuery<Traits> loaded;
   if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
-  prepare_stream<Traits>(a, &shared->stream);
-  __syncthreads();
   uint8_t* ring = shared->ring[warp];
   DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, shared->stream, ring);
   const bool has_window = warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window;
   WindowUnits<Traits> window(p, req, has_window);
   stream.look_up();
+  prepare_stream<Traits>(a, &shared->stream);
+  __syncthreads();
+  stream.locate();
   window.look_up();
-#pragma unroll
-  for (int n = 0; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+  stream.fetch(0, 0);
   if (has_window) window.share(rows.kv_head, reads_copies, shared->window);
   for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {
     if (part != warp) loaded.load(a, rows, part);
@@ -248,6 +244,8 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   }
   __syncthreads();
   if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
+#pragma unroll
+  for (int n = 1; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
   const QueryOperands<Traits> query(shared->query);
   const ScoreFactors<Traits> factors(shared->query);
 
@@ -262,9 +260,16 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
     const int token = stream.token(n);
     if (sight.all_see(token)) {
-      attend_batch<Traits, false>(tables, batch, token, query, factors, sight, state);
-    } else if (!sight.is_copied(token)) {
-      attend_batch<Traits, true>(tables, batch, token, query, factors, sight, state);
+      attend_codes<Traits, Traits::kBatchUnits, false>(tables, batch, token, query, factors, sight,
+                                                       state);
+      continue;
+    }
+#pragma unroll 1
+    for (int k = 0; k < Traits::kBatchUnits; ++k) {
+      const int first = token + k * Traits::kUnitTokens;
+      if (sight.is_copied(first)) continue;
+      attend_codes<Traits, 1, true>(tables, batch + k * Traits::kUnitBytes, first, query, factors,
+                                    sight, state);
     }
   }
   if (reads_copies) {
@@ -320,8 +325,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 }
 
 template <typename Traits>
-void launch_traits(const DecodeParams& p, Stream stream) {
+void launch_traits(DecodeParams p, int rows, Stream stream) {
   const AttentionParams& a = p.attention;
+  p.warps_per_row = Divisor(std::max(Traits::kWarps / rows, 1));
   launch(decode_kernel<Traits>, dim3(p.num_splits.value(), a.cache.num_kv_heads, a.num_reqs),
          Traits::kThreads, sizeof(typename Traits::Shared), static_cast<cudaStream_t>(stream), p);
 }
@@ -345,12 +351,12 @@ template <int kHeadDim>
 void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
   using Four = DecodeShapes<kHeadDim, 4>;
   using Eight = DecodeShapes<kHeadDim, 8>;
-  if (plan.rows_per_tile == 4) {
-    plan.wide ? launch_traits<typename Four::Wide>(p, stream)
-              : launch_traits<typename Four::Narrow>(p, stream);
+  if (plan.rows <= 4) {
+    plan.wide ? launch_traits<typename Four::Wide>(p, plan.rows, stream)
+              : launch_traits<typename Four::Narrow>(p, plan.rows, stream);
   } else {
-    plan.wide ? launch_traits<typename Eight::Wide>(p, stream)
-              : launch_traits<typename Eight::Narrow>(p, stream);
+    plan.wide ? launch_traits<typename Eight::Wide>(p, plan.rows, stream)
+              : launch_traits<typename Eight::Narrow>(p, plan.rows, stream);
   }
 }
 
@@ -358,7 +364,7 @@ template <int kHeadDim>
 int resident_decode(const DecodePlan& plan) {
   using Four = DecodeShapes<kHeadDim, 4>;
   using Eight = DecodeShapes<kHeadDim, 8>;
-  if (plan.rows_per_tile == 4) {
+  if (plan.rows <= 4) {
     return plan.wide ? resident_traits<typename Four::Wide>()
                      : resident_traits<typename Four::Narrow>();
   }

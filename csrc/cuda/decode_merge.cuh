@@ -115,7 +115,7 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
       out += merge.row(w, row)[coordinate];
     }
     const bool sees_nothing = sum == 0.0f;
-    partials.out(split, row)[coordinate] = sees_nothing ? 0.0f : out / sum;
+    partials.out(split, row)[coordinate] = sees_nothing ? 0.0f : __fdividef(out, sum);
     if (coordinate == 0) {
       float bias = 0.0f;
       for (int g = 0; g < Traits::kNumGroups; ++g) bias += shared->query.bias[row][g];
@@ -139,6 +139,66 @@ __device__ inline bool is_last(uint32_t* ticket, int num_splits, bool* shared) {
   return *shared;
 }
 
+// Results of a row merged by their log-sum-exp, this lane's coordinates of it.
+template <typename Traits>
+struct MergedResults {
+  static constexpr int kCount = kPerLane<Traits::kGroup>;
+  float max = -INFINITY;  // log-sum-exp that weights are measured from
+  float sum = 0.0f;       // of weights
+  float out[Traits::kNumGroups][kCount] = {};
+
+  // 0 where nothing is seen, so that weights are exp(-inf) and not exp(-inf + inf).
+  __device__ float base() const { return max == -INFINITY ? 0.0f : max; }
+
+  // Make room for a log-sum-exp.
+  __device__ void raise(float lse) {
+    const float before = max;
+    max = fmaxf(max, lse);
+    const float shrink = __expf(before - base());
+    sum *= shrink;
+#pragma unroll
+    for (auto& group : out) {
+#pragma unroll
+      for (float& x : group) x *= shrink;
+    }
+  }
+
+  // Add a result with a log-sum-exp of at most `max`, or several that have the sum `count`.
+  __device__ void add(float lse, float count, const float (&x)[Traits::kNumGroups][kCount]) {
+    const float weight = __expf(lse - base());
+    sum += weight * count;
+#pragma unroll
+    for (int g = 0; g < Traits::kNumGroups; ++g) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) out[g][e] += weight * x[g][e];
+    }
+  }
+};
+
+// Add kSplits splits of a row, first, first + step, ..., as far as there are so many. Their loads
+// are in flight together.
+template <typename Traits, int kSplits>
+__device__ inline void add_splits(const TilePartials<Traits>& partials, int row, int first,
+                                  int step, int num_splits, MergedResults<Traits>& merged) {
+  constexpr int kCount = kPerLane<Traits::kGroup>;
+  float lse[kSplits], x[kSplits][Traits::kNumGroups][kCount];
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) {
+    const int split = first + i * step, there = min(split, num_splits - 1);
+    const float* out = partials.out(there, row) + (threadIdx.x & 31) * kCount;
+    lse[i] = load_relaxed(partials.lse(there, row));
+#pragma unroll
+    for (int g = 0; g < Traits::kNumGroups; ++g) load_relaxed(out + g * Traits::kGroup, x[i][g]);
+    if (split != there) lse[i] = -INFINITY;
+  }
+  float max = lse[0];
+#pragma unroll
+  for (int i = 1; i < kSplits; ++i) max = fmaxf(max, lse[i]);
+  merged.raise(max);
+#pragma unroll
+  for (int i = 0; i < kSplits; ++i) merged.add(lse[i], 1.0f, x[i]);
+}
+
 // Merge the splits of a tile's rows, rotate the values back, write output and log-sum-exp.
 // out = (H D3)^T sum_s w_s out_s,   w_s = exp(lse_s - lse),   lse = log sum_s exp(lse_s)
 // The splits are added in an order that does not depend on which CTA was last.
@@ -146,82 +206,74 @@ template <typename Traits>
 __device__ inline void combine_splits(const TilePartials<Traits>& partials, int num_splits,
                                       typename Traits::Shared* shared) {
   constexpr int kGroup = Traits::kGroup, kCount = kPerLane<kGroup>;
-  constexpr int kStep = Traits::kWarpsPerRow, kRowsAtOnce = Traits::kWarps / kStep;
+  // Splits of one warp whose loads are in flight together; a last one alone is not worth as many.
+  constexpr int kAtOnce = Traits::kWarps >= 4 * Traits::kRows || Traits::kHeadDim > 128 ? 4 : 8;
   typename Traits::Combine& scratch = shared->combine;
   const AttentionParams& a = partials.p.attention;
   const RowRange& rows = partials.rows;
+  const Divisor& warps_per_row = partials.p.warps_per_row;
+  const int step = warps_per_row.value(), rows_at_once = warps_per_row.divide(Traits::kWarps);
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  for (int first = 0; first < Traits::kRows; first += kRowsAtOnce) {
-    const int row = first + warp / kStep, part = warp % kStep;
-    const bool mine = row < Traits::kRows && rows.contains(row);
+  const int row_of_warp = warps_per_row.divide(warp), part = warp - row_of_warp * step;
+  for (int first = 0; first < Traits::kRows && rows.contains(first); first += rows_at_once) {
+    const int row = first + row_of_warp;
+    const bool mine = row_of_warp < rows_at_once && row < Traits::kRows && rows.contains(row);
 
-    // 1. The largest log-sum-exp; every warp finds it for itself.
-    float max = -INFINITY, sum = 0.0f, out[Traits::kNumGroups][kCount] = {};
-    if (mine) {
-      for (int s = lane; s < num_splits; s += 32) {
-        max = fmaxf(max, load_relaxed(partials.lse(s, row)));
+    // 1. Every warp merges some splits.
+    MergedResults<Traits> merged;
+    for (int split = part; mine && split < num_splits; split += kAtOnce * step) {
+      if (split + step < num_splits) {
+        add_splits<Traits, kAtOnce>(partials, row, split, step, num_splits, merged);
+      } else {
+        add_splits<Traits, 1>(partials, row, split, step, num_splits, merged);
       }
     }
-    max = warp_max(max);
-    // A row that sees nothing: weights exp(-inf - 0) = 0 and not exp(-inf + inf).
-    const float base = max == -INFINITY ? 0.0f : max;
-
-    // 2. Sum this warp's splits.
-    if (mine) {
-#pragma unroll 8  // loads in flight
-      for (int s = part; s < num_splits; s += kStep) {
-        const float weight = __expf(load_relaxed(partials.lse(s, row)) - base);
-        const float* from = partials.out(s, row) + lane * kCount;
-        sum += weight;
-#pragma unroll
-        for (int g = 0; g < Traits::kNumGroups; ++g) {
-          float x[kCount];
-          load_relaxed(from + g * kGroup, x);
-#pragma unroll
-          for (int e = 0; e < kCount; ++e) out[g][e] += weight * x[e];
-        }
-      }
-    }
-
-    // 3. Sum the warps of the row, in its first one.
     if (part != 0) {
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          scratch.out[warp][g * kGroup + lane * kCount + e] = out[g][e];
+          scratch.out[warp][g * kGroup + lane * kCount + e] = merged.out[g][e];
         }
       }
-      if (lane == 0) scratch.sum[warp] = sum;
+      if (lane == 0) scratch.max[warp] = merged.max, scratch.sum[warp] = merged.sum;
     }
     __syncthreads();
+
+    // 2. The first warp of a row merges the others'.
     if (mine && part == 0) {
-#pragma unroll
-      for (int w = 1; w < kStep; ++w) {
-        sum += scratch.sum[warp + w];
+      float max = merged.max;
+      for (int w = warp + 1; w < warp + step; ++w) max = fmaxf(max, scratch.max[w]);
+      merged.raise(max);
+      for (int w = warp + 1; w < warp + step; ++w) {
+        float x[Traits::kNumGroups][kCount];
 #pragma unroll
         for (int g = 0; g < Traits::kNumGroups; ++g) {
 #pragma unroll
           for (int e = 0; e < kCount; ++e) {
-            out[g][e] += scratch.out[warp + w][g * kGroup + lane * kCount + e];
+            x[g][e] = scratch.out[w][g * kGroup + lane * kCount + e];
           }
         }
+        merged.add(scratch.max[w], scratch.sum[w], x);
       }
 
-      // 4. Rotate back.
-      const float scale = sum == 0.0f ? 0.0f : 1.0f / (sum * Codebook<kGroup>::kRoot);
+      // 3. Rotate back.
+      const float sum = merged.sum;
+      const float scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum * Codebook<kGroup>::kRoot);
       const int64_t token = rows.token(row);
       const int head = rows.head(row);
       float sign[kCount];
       lane_signs<kGroup, kValueSigns>(sign);
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
-        warp_hadamard<kGroup>(out[g]);
+        warp_hadamard<kGroup>(merged.out[g]);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) out[g][e] *= scale * sign[e];
-        write_row(a.out, token, head, g * kGroup + lane * kCount, out[g]);
+        for (int e = 0; e < kCount; ++e) merged.out[g][e] *= scale * sign[e];
+        write_row(a.out, token, head, g * kGroup + lane * kCount, merged.out[g]);
       }
-      if (lane == 0) a.lse[head * a.lse_stride + token] = sum == 0.0f ? -INFINITY : max + logf(sum);
+      if (lane == 0) {
+        a.lse[head * a.lse_stride + token] = sum == 0.0f ? -INFINITY : merged.max + logf(sum);
+      }
     }
     __syncthreads();  // shared memory is free for the next rows
   }

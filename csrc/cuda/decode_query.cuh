@@ -89,7 +89,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   lane_signs<kGroup, kResidualSigns>(diagonal);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
-    q[e] *= p.scale_log2 / Codebook<kGroup>::kRoot;
+    q[e] *= p.scale_log2 * (1.0f / Codebook<kGroup>::kRoot);
     projected[e] = q[e] * diagonal[e];
   }
   warp_hadamard<kGroup>(projected);
@@ -101,7 +101,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
     const int power = sign_power(first + e);
     projected[e] *= Codebook<kGroup>::kQjlWeight;
     sum += projected[e];
-    projected[e] *= 2.0f / (power == 7 ? -128 : 1 << power);
+    projected[e] *= power == 7 ? -0x1p-6f : __int_as_float((128 - power) << 23);  // 2^(1 - power)
     q[e] *= IntegerBook<kGroup>::kUnit;
     largest = fmaxf(largest, fmaxf(fabsf(q[e]), fabsf(projected[e])));
   }
@@ -109,7 +109,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   largest = warp_max(largest);
 
   // 3. Round them to 15 bits.
-  const float inverse = largest > 0.0f ? kLargest / largest : 0.0f;
+  const float inverse = largest > 0.0f ? __fdividef(kLargest, largest) : 0.0f;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     write_operand<Traits::kKeyTiles * 8>(out->index[g], index_position<kGroup>(first + e), column,
@@ -119,7 +119,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   }
   if (lane == 0) {
     // The sum carries NaN and infinity of a query into its scores; integers cannot.
-    out->unit[row][g] = largest / kLargest + 0.0f * sum;
+    out->unit[row][g] = largest * (1.0f / kLargest) + 0.0f * sum;
     out->base[row][g] = __float2int_rn(-sum * inverse);
     out->bias[row][g] = bias * p.scale_log2;
     out->sink[row][g] = sink * p.scale_log2;

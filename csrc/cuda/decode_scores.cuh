@@ -196,8 +196,10 @@ __device__ inline void score_copies(const uint8_t* copies, const QueryOperands<T
     for (int h = 0; h < 2; ++h) {
       const int token = g * kUnitTokens + g8 + 8 * h;
       // Queries and sums are in units of the codes' integers.
-      const float scale = read_scale(copies + kAt.key_scale, token) / IntegerBook<kGroup>::kUnit;
-      out->beta[g][h] = read_scale(copies + kAt.value_scale, token) / HalfBook<kGroup>::kUnit;
+      constexpr float kPerKey = 1.0f / IntegerBook<kGroup>::kUnit;
+      constexpr float kPerValue = 1.0f / HalfBook<kGroup>::kUnit;
+      const float scale = read_scale(copies + kAt.key_scale, token) * kPerKey;
+      out->beta[g][h] = read_scale(copies + kAt.value_scale, token) * kPerValue;
 #pragma unroll
       for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
         const float score = score_of<Traits>(product[tile], h, scale, tile, g, factors);

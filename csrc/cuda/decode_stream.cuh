@@ -11,7 +11,7 @@ namespace tq::cuda {
 // Fill in what the warps of a CTA share.
 template <typename Traits>
 __device__ inline void prepare_stream(const AttentionParams& p, typename Traits::Stream* stream) {
-  const BlockOffsets at = p.cache.layout.offsets(p.cache.block_size);
+  const BlockOffsets at = SlotLayout{Traits::kHeadDim}.offsets(p.cache.block_size);
   const int scale_row = p.cache.block_size * kScaleBytes;
 #pragma unroll 1
   for (int i = threadIdx.x; i < Traits::kChunksPerLane * 32; i += Traits::kThreads) {
@@ -62,16 +62,19 @@ class DecodeStream {
   // First token of the stream's batch n.
   __device__ int token(int n) const { return (first_ + n * Traits::kWarps) * Traits::kBatchTokens; }
 
-  // Find the first batches.
+  // Find the first batches, in two steps, between which the warp can do other things.
   __device__ void look_up() {
     if (num_batches() > 0) look_up(0);
+  }
+  __device__ void locate() {
+    region_ = block_ == kNone ? nullptr : region_of(p_.cache, block_, kv_head_);
   }
 
   // Start copying batch n into the ring's slot. All lanes are done with what it held. The first
   // batches were found by look_up().
   __device__ void fetch(int n, int slot) {
     if (n < num_batches()) {
-      if (n > 0 && n % kLookUp == 0) look_up(n);
+      if (n > 0 && n % kLookUp == 0) look_up(n), locate();
       copy(n % kLookUp, slot);
     }
     cp_async_commit();  // one group for every call, so that the waiter can count them
@@ -84,17 +87,18 @@ class DecodeStream {
   }
 
  private:
+  static constexpr int kNone = -1;
+
   // Find the 32 units from batch n on, one in every lane; none where the sequence has ended.
   __device__ void look_up(int n) {
     const int lane = threadIdx.x & 31;
     const int batch = first_ + (n + lane / Traits::kBatchUnits) * Traits::kWarps;
     const int unit = batch * Traits::kBatchUnits + lane % Traits::kBatchUnits;
-    region_ = nullptr;
+    block_ = kNone;
     if (batch < end_ && int64_t{unit} * Traits::kUnitTokens < p_.seq_lens[req_]) {
       const int block = units_per_block_.divide(unit);
       unit_in_block_ = unit - block * units_per_block_.value();
-      region_ = region_of(p_.cache, p_.block_table.data[req_ * p_.block_table.req_stride + block],
-                          kv_head_);
+      block_ = p_.block_table.data[req_ * p_.block_table.req_stride + block];
     }
   }
 
@@ -123,7 +127,8 @@ class DecodeStream {
   const int req_, kv_head_, first_, end_;
   const typename Traits::Stream& shared_;
   const uint32_t ring_;              // this lane's first piece of slot 0
-  const uint8_t* region_ = nullptr;  // of this lane's unit
+  int block_ = kNone;                // of this lane's unit
+  const uint8_t* region_ = nullptr;  // the same
   int unit_in_block_ = 0;
 };
 

@@ -16,7 +16,8 @@ struct DecodeParams {
   Divisor num_splits;
   Divisor group_size;  // query heads of a KV head
   Divisor units_per_block;
-  float scale_log2;  // softmax scale * log2(e)
+  Divisor warps_per_row;  // that merge the splits
+  float scale_log2;       // softmax scale * log2(e)
 };
 
 template <int kHeadDim_, int kRows_, int kWarps_, int kMinCtas_>
@@ -79,11 +80,9 @@ struct DecodeTraits {
 
     __device__ float* row(int warp, int row) { return out[warp][row / 2] + row % 2 * kHeadDim; }
   };
-  // Splits of a row are shared by some warps.
-  static constexpr int kWarpsPerRow = kWarps < kRows ? 1 : kWarps / kRows;
   struct Combine {
     float out[kWarps][kHeadDim];
-    float sum[kWarps];
+    float max[kWarps], sum[kWarps];
     // The result of the only split, which need not leave the CTA.
     alignas(16) float only_out[kRows][kHeadDim];
     float only_lse[kRows];

@@ -36,7 +36,7 @@ __device__ inline void rescale(const float (&score_max)[Traits::kKeyTiles], floa
   float factor = 1.0f;
   beta_max = warp_max(beta_max);
   if (beta_max > state.value_scale) {
-    factor = state.value_scale / (beta_max * kValueHeadroom);
+    factor = __fdividef(state.value_scale, beta_max * kValueHeadroom);
     state.value_scale = beta_max * kValueHeadroom;
   }
   // Accumulator columns 2 t and 2 t + 1 are rows of that number; row r is in lane r % 4, tile r

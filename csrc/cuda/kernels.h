@@ -19,9 +19,9 @@ void assign_recent(const AssignParams& p, Stream stream);
 
 // How paged_attention divides its work. Depends on sizes that the host knows, never on lengths.
 struct DecodePlan {
-  int rows_per_tile;  // query rows of a KV head that share one pass over the tokens
-  bool wide;          // few CTAs with many warps, or many with few
-  int num_splits;     // parts that the tokens of a request are divided into
+  int rows;        // query rows of a KV head that share one pass over the tokens, 1 to 8
+  bool wide;       // few CTAs with many warps, or many with few
+  int num_splits;  // parts that the tokens of a request are divided into
 };
 
 struct DecodeShape {
