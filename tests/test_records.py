@@ -100,9 +100,16 @@ def test_needles() -> None:
         assert f"| {title} | {' | '.join(shares)} |" in README
 
 
-def kernel_rows() -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of the kernel record, with their names in tables."""
-    for row in read("decode_h100")["rows"]:
+def test_needles_one_token_a_step() -> None:
+    (row,) = (r for r in read("needle_qwen_h200")["rows"] if r["name"] == "turboquant3")
+    found, total = (sum(cell[key] for cell in row["recall"]) for key in ("found", "total"))
+    assert row["in_lockstep"] and {cell["length"] for cell in row["recall"]} == {16384}
+    assert f"{found} of {total} were found in 16K tokens" in README
+
+
+def kernel_rows(gpu: str = "h100") -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of the record of kernels on a GPU, with their names in tables."""
+    for row in read(f"decode_{gpu}")["rows"]:
         yield row, f"{row['batch']} x {tokens(row['context'])}"
 
 
@@ -125,6 +132,18 @@ def test_cuda_kernels_in_the_records() -> None:
         if row["sets"] != ["plot"]:
             want = [name, f"{ours:.1f}", codes_only, *ratios]
             assert any(line[-5:] == want for line in rows), (name, row["heads"])
+
+
+def test_cuda_kernels_in_the_records_of_the_h200() -> None:
+    lines = [cells(line) for line in RECORDS.splitlines() if line.startswith("|")]
+    for row, name in kernel_rows("h200"):
+        if {"bars", "shapes"} & set(row["sets"]):
+            ours = row["turboquant3_us"]
+            heads = "{heads}/{kv_heads}, d {head_dim}".format(**row)
+            want = [heads, name, f"{ours:.1f}", f"{row['codes_only_us']:.1f}"]
+            want += [f"{row[f'{other}_us'] / ours:.2f}x" for other in ("fa3_bf16", "fa3_fp8")]
+            triton = row.get("vllm_turboquant_3bit_us")
+            assert [*want, f"{triton / ours:.0f}x" if triton else ""] in lines
 
 
 def speed_and_time(row: dict[str, Any]) -> tuple[float, float]:
