@@ -221,6 +221,17 @@ def test_a_row_says_how_long_store_takes_beside_attention() -> None:
     assert alone["codes_only_us"] == CODES_ONLY_US and "codes_only_us" not in grid
 
 
+def test_a_drift_does_not_change_what_copies_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    drift = iter((4.0, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(
+        bench_kernels,
+        "bench_turboquant",
+        lambda shape, window_units=3: (50.0 if window_units else 48.0) + next(drift),
+    )
+    times = bench_kernels.time_ours(Shape(batch=8, context=8 * K), codes_only=True)
+    assert times == {"turboquant3_us": 52.5, "codes_only_us": 50.5}
+
+
 def test_a_rival_that_fails_or_is_missing_does_not_end_the_run(
     fake_kernels: dict[str, Callable[[Shape], float | None]],
 ) -> None:
