@@ -14,8 +14,9 @@ from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import PagedBatch, assert_close, make_batch
 
 UNTOUCHED = 7.0
-#: With AVX2 and AVX-512 scores are computed in integers.
-BOUND = 1e-5 if ops.CPU_VARIANT == "default" else 1e-3
+#: With AVX2 and AVX-512 scores are computed in integers, by the CUDA kernels (``tests/emulator``)
+#: values in float16, too.
+BOUND = {"default": 1e-5, "emulated": 1e-2}.get(ops.CPU_VARIANT, 1e-3)
 
 
 @dataclass(frozen=True)

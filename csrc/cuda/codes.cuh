@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "core/codebook.h"
+#include "cuda/ptx.cuh"
 
 namespace tq::cuda {
 
@@ -65,20 +66,13 @@ __device__ inline OperandPosition sign_position(int coordinate) {
 }
 
 // Look four codes up in a register of four bytes. Selectors have no bit but the lowest two of a
-// nibble set. NOTE: not __byte_perm, which masks the selector first.
+// nibble set.
 __device__ inline uint32_t look_up(uint32_t table, uint32_t selectors) {
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(table), "r"(selectors));
-  return bytes;
+  return prmt(table, selectors);
 }
 
-// The upper half, as a selector.
-// NOTE: not x >> 16, which the compiler swaps with the mask before it and then masks both halves.
-__device__ inline uint32_t upper_half(uint32_t x) {
-  uint32_t half;
-  asm("shr.u32 %0, %1, 16;" : "=r"(half) : "r"(x));
-  return half;
-}
+// The upper half, as a selector; so it is masked only once.
+__device__ inline uint32_t upper_half(uint32_t x) { return shift_right_16(x); }
 
 // Sixteen 2-bit codes to int8: out[2 i + h] is half h of product i (of the two that the word
 // feeds).

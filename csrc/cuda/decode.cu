@@ -1,5 +1,7 @@
 // How paged_attention divides its work, and its launch.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/decode_traits.cuh"
 #include "cuda/launch.cuh"

@@ -287,7 +287,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     decode_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(128) uint8_t bytes[];
+  TQ_DYNAMIC_SHARED(bytes);
   auto* shared = reinterpret_cast<typename Traits::Shared*>(bytes);
   const AttentionParams& a = p.attention;
   const int split = blockIdx.x, kv_head = blockIdx.y, req = blockIdx.z;

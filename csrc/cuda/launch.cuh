@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,9 @@ inline void check(cudaError_t error, const char* what, const char* file, int lin
                            " failed: " + cudaGetErrorString(error) + " (" + file + ":" +
                            std::to_string(line) + ")");
 }
+
+// Declares the dynamic shared memory of a kernel.
+#define TQ_DYNAMIC_SHARED(bytes) extern __shared__ __align__(128) uint8_t bytes[]
 
 #define TQ_CUDA_CHECK(call) ::tq::cuda::check(call, #call, __FILE__, __LINE__)
 

@@ -36,6 +36,21 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// Look four bytes of a register up. Selectors have no bit but the lowest two of a nibble set.
+// NOTE: not __byte_perm, which masks the selector first.
+__device__ inline uint32_t prmt(uint32_t table, uint32_t selectors) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(table), "r"(selectors));
+  return bytes;
+}
+
+// NOTE: not x >> 16, which the compiler swaps with a mask before it.
+__device__ inline uint32_t shift_right_16(uint32_t x) {
+  uint32_t half;
+  asm("shr.u32 %0, %1, 16;" : "=r"(half) : "r"(x));
+  return half;
+}
+
 // c[16 x 8] += a[16 x 32] b[32 x 8], int8 in, int32 out.
 //
 // Lane 4 g + t holds, four consecutive k to a register: a = {row g, k 4t; row g + 8, k 4t; row g, k

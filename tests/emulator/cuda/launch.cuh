@@ -1,0 +1,23 @@
+// Takes the place of csrc/cuda/launch.cuh.
+#pragma once
+
+namespace tq::cuda {
+
+#define TQ_CUDA_CHECK(call) call
+#define TQ_DYNAMIC_SHARED(bytes) uint8_t* bytes = emulator::shared_memory()
+
+inline void cudaGetDevice(int* device) { *device = 0; }
+
+template <typename Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int, cudaStream_t,
+            const Params& params) {
+  emulator::run(grid, threads, [&] { kernel(params); });
+}
+
+// Few, so that there is more than one wave.
+template <typename Params>
+int resident_ctas(void (*)(Params), int, int) {
+  return 12;
+}
+
+}  // namespace tq::cuda
