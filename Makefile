@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV) --device $(DEVICE)
 SOURCES := $(wildcard pyproject.toml setup.py) \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(shell find tests/emulator -name '*.cpp' -o -name '*.*h')
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) $(shell find tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 # vLLM 0.33 is unpacked over the native libraries of the build for CPUs; see setup_env.py.
 IS_CPU_VLLM = $(BIN)/python -c \
 	'import importlib.metadata as m; exit(not m.version("vllm").endswith("cpu"))'

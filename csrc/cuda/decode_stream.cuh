@@ -71,7 +71,7 @@ class DecodeStream {
   }
 
   // Start copying batch n into the ring's slot. All lanes are done with what it held. The first
-  // batches were found by look_up().
+  // batches have been found and located.
   __device__ void fetch(int n, int slot) {
     if (n < num_batches()) {
       if (n > 0 && n % kLookUp == 0) look_up(n), locate();

@@ -42,6 +42,7 @@ Meeting block;
 jmp_buf scheduler;
 int current;
 const std::function<void()>* body;
+int64_t blocks_run = 0;
 
 void wait(const Meeting& meeting) {
   Fiber& fiber = fibers[current];
@@ -138,9 +139,13 @@ void run(dim3 grid, int threads, const std::function<void()>& kernel) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
         run_block(threads);
+        ++blocks_run;
       }
     }
   }
 }
 
 }  // namespace emulator
+
+// How many blocks ran so far.
+extern "C" int64_t emulated_blocks() { return emulator::blocks_run; }

@@ -2,11 +2,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
 #include <optional>
 #include <vector>
 
 #include "cuda/kernels.h"
 #include "ops/params.h"
+
+#define turboquant turboquant_emulated
+#include "ops/schema.cpp"
 
 namespace tq::ops {
 namespace {
@@ -21,6 +25,7 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
 void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
+                     std::optional<Tensor> /* scratch */, std::optional<Tensor> /* tickets */,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
                      int64_t window_units, int64_t sliding_window) {
   const AttentionParams p =
@@ -57,26 +62,7 @@ void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(turboquant_emulated, m) {
-  m.def(
-      "store(Tensor key, Tensor value, Tensor key_frame, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "Tensor(b!)? recent=None, Tensor? unit_map=None) -> ()");
-  m.def(
-      "paged_attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_start_loc, Tensor key_frame, float scale, bool causal, Tensor(a!) out, "
-      "Tensor(b!) lse, Tensor? recent=None, Tensor? unit_map=None, int window_units=0, "
-      "int sliding_window=0) -> ()");
-  m.def(
-      "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
-      "Tensor key_frame, Tensor(a!) key_out, Tensor(b!) value_out, Tensor? recent=None, "
-      "Tensor? unit_map=None) -> ()");
-  m.def(
-      "assign_recent(Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int block_size, "
-      "int window_units, int step, Tensor(a!) unit_map, Tensor(b!) places, Tensor(c!) clock) -> "
-      "()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(turboquant_emulated, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, m) {
   m.impl("store", TORCH_BOX(&store));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("dequantize", TORCH_BOX(&dequantize));

@@ -23,36 +23,33 @@ inline uint32_t prmt(uint32_t table, uint32_t selectors) {
 }
 inline uint32_t shift_right_16(uint32_t x) { return x >> 16; }
 
-inline void mma_int8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                     uint32_t b0, uint32_t b1) {
-  const emulator::WarpWords& of = emulator::exchange({a0, a1, a2, a3, b0, b1});
-  const auto byte = [](uint32_t word, int k) { return static_cast<int8_t>(word >> 8 * (k % 4)); };
+// c[16 x 8] += a b, of which every lane has four words and two, with kPerWord consecutive k each.
+template <int kPerWord, typename T, typename Element>
+void multiply(T (&c)[4], const emulator::Words& own, const Element& element) {
+  constexpr int kDepth = 8 * kPerWord;
+  const emulator::WarpWords& of = emulator::exchange(own);
   const int g = emulator::lane() / 4, t = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
-    const int row = g, column = 2 * t + i % 2;
-    for (int k = 0; k < 32; ++k) {
-      const int from = k % 16 / 4;
-      c[i] += byte(of[4 * row + from][i / 2 + 2 * (k / 16)], k) *
-              byte(of[4 * column + from][4 + k / 16], k);
+    const int column = 2 * t + i % 2;
+    for (int k = 0; k < kDepth; ++k) {
+      const int from = k % (kDepth / 2) / kPerWord, half = k / (kDepth / 2);
+      c[i] += element(of[4 * g + from][i / 2 + 2 * half], k % kPerWord) *
+              element(of[4 * column + from][4 + half], k % kPerWord);
     }
   }
 }
 
+inline void mma_int8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                     uint32_t b0, uint32_t b1) {
+  multiply<4>(c, {a0, a1, a2, a3, b0, b1},
+              [](uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); });
+}
+
 inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                      uint32_t b1) {
-  const emulator::WarpWords& of = emulator::exchange({a0, a1, a2, a3, b0, b1});
-  const auto half = [](uint32_t word, int k) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16 * (k % 2))));
-  };
-  const int g = emulator::lane() / 4, t = emulator::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = g, column = 2 * t + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const int from = k % 8 / 2;
-      c[i] += half(of[4 * row + from][i / 2 + 2 * (k / 8)], k) *
-              half(of[4 * column + from][4 + k / 8], k);
-    }
-  }
+  multiply<2>(c, {a0, a1, a2, a3, b0, b1}, [](uint32_t word, int i) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16 * i)));
+  });
 }
 
 inline uint32_t pack_half2(float low, float high) {
