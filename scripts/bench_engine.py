@@ -4,8 +4,8 @@
     bench_engine.py models/qwen2.5-coder-1.5b-instruct --json engine.json [arguments of vllm serve]
 
 One `vllm serve` after the other on the same device, or, with --together, side by side and measured
-one after the other. The record is written after every workload, so that a run that is cut keeps
-what it has; --resume measures the rest.
+one after the other, times to the first token by turns. The record is written after every workload,
+so that a run that is cut keeps what it has; --resume measures the rest.
 
 --set requests  what a user sees, measured by the client of `vllm bench serve`. Prefix caching is
                 off, because the client warms up with a prompt that it measures afterwards, and
@@ -30,6 +30,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -205,6 +206,74 @@ def last_error(text: str) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
+def measure(
+    server: Server, workload: Workload, fit: int, log: Path, client: Executor
+) -> dict[str, Any]:
+    """Figures of one workload, or why there are none, as ``error``.
+
+    Args:
+        server: Ready.
+        workload: What to ask of it.
+        fit: Requests that its cache holds.
+        log: File to which the client's output is appended.
+        client: Runs the client.
+    """
+    _, max_tokens = served_model(server.url)
+    clients = workload.clients(fit)
+    if workload.request_tokens > max_tokens:
+        return {"error": f"the model takes at most {max_tokens} tokens a request"}
+    if workload.decode:
+        return client.submit(run_decode, *decode_arguments(server, workload, clients)).result()
+    options = client_arguments(server, workload, clients)
+    return client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
+
+
+def median_of(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of all figures, and the times to the first token that they are of."""
+    if len(turns) == 1:
+        return turns[0]
+    if errors := [turn for turn in turns if "error" in turn]:
+        return errors[0]
+    figures = {
+        key: None
+        if None in (values := [turn[key] for turn in turns])
+        else statistics.median(values)
+        for key in turns[0]
+    }
+    return figures | {"ttft_ms_by_turn": [turn["ttft_ms"] for turn in turns]}
+
+
+def run_by_turns(
+    engines: Sequence[tuple[Server, str, list[Workload]]], record: Record, client: Executor
+) -> None:
+    """Measure engines that all run, workloads with several turns alone, and forget these.
+
+    First to last and back, so that a drift is no difference between them. An engine that did not
+    get ready keeps its workloads.
+    """
+    ready = []
+    for engine in engines:
+        with contextlib.suppress(ServerError):
+            engine[0].wait_until_ready(START_TIMEOUT_S)
+            ready.append((*engine, engine[0].capacity().num_tokens))
+    log = record.path.with_suffix(".client.log")
+    for workload in dict.fromkeys(
+        w for *_, workloads, _ in ready for w in workloads if w.turns > 1
+    ):
+        asked = [engine for engine in ready if workload in engine[2]]
+        figures: dict[str, list[dict[str, Any]]] = {dtype: [] for _, dtype, *_ in asked}
+        for turn in range(workload.turns):
+            for server, dtype, _, tokens in asked[:: -1 if turn % 2 else 1]:
+                fit = tokens // workload.request_tokens
+                figures[dtype].append(measure(server, workload, fit, log, client))
+        for _, dtype, workloads, tokens in asked:
+            fit = tokens // workload.request_tokens
+            row = {"clients": workload.clients(fit), "requests_that_fit": fit}
+            record.put_row(dtype, workload, row | median_of(figures[dtype]))
+            say(f"{dtype}: {workload.name}: {json.dumps(median_of(figures[dtype]))}")
+            workloads.remove(workload)
+
+
 def run_engine(
     server: Server, dtype: str, workloads: Sequence[Workload], record: Record, client: Executor
 ) -> None:
@@ -220,20 +289,13 @@ def run_engine(
             engine["start_s"] = round(server.start_s, 1)
             record.put_engine(dtype, engine)
             say(f"{dtype}: {json.dumps(engine)}")
-            _, max_tokens = served_model(server.url)
+            log = record.path.with_suffix(".client.log")
             for workload in workloads:
                 fit = capacity.num_tokens // workload.request_tokens
-                clients = workload.clients(fit)
-                if workload.request_tokens > max_tokens:
-                    figures = {"error": f"the model takes at most {max_tokens} tokens a request"}
-                elif workload.decode:
-                    arguments = decode_arguments(server, workload, clients)
-                    figures = client.submit(run_decode, *arguments).result()
-                else:
-                    options = client_arguments(server, workload, clients)
-                    log = record.path.with_suffix(".client.log")
-                    figures = client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
-                row = {"clients": clients, "requests_that_fit": fit, **figures}
+                figures = median_of(
+                    [measure(server, workload, fit, log, client) for _ in range(workload.turns)]
+                )
+                row = {"clients": workload.clients(fit), "requests_that_fit": fit, **figures}
                 record.put_row(dtype, workload, row)
                 say(f"{dtype}: {workload.name}: {json.dumps(figures)}")
                 if server.process.poll() is not None:
@@ -412,6 +474,9 @@ def main() -> None:
                 server = Server(options.model.absolute(), dtype, arguments, log=log)
                 engines.append((server, dtype, missing))
         with started([server for server, *_ in engines] if options.together else []):
+            if options.together:
+                client.submit(import_client).result()
+                run_by_turns(engines, record, client)
             for server, dtype, missing in engines:
                 run_engine(server, dtype, missing, record, client)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)

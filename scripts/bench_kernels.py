@@ -43,7 +43,7 @@ from vllm_turboquant import __version__
 K = 1024
 CONTEXTS = (512, 2 * K, 8 * K, 32 * K, 128 * K)
 SETS: dict[str, dict[int, Sequence[int]]] = {  # contexts of each batch
-    "bars": {1: [32 * K, 128 * K], 8: [8 * K, 32 * K], 32: [8 * K, 32 * K], 64: [2 * K]},
+    "bars": {1: [32 * K, 128 * K], 8: [8 * K, 32 * K], 32: [8 * K, 32 * K], 64: [2 * K, 8 * K]},
     "shapes": {1: [32 * K], 8: [32 * K], 64: [2 * K]},
     "grid": dict.fromkeys((1, 4, 16, 64, 256), CONTEXTS),
     "plot": {8: CONTEXTS},
@@ -87,12 +87,18 @@ def rivals_of(shape: Shape, sets: set[str]) -> list[str]:
 
 
 def time_ours(shape: Shape, codes_only: bool) -> dict[str, float]:
-    """Columns of our kernel; with and without copies each first and last, against drifts."""
+    """Columns of our kernel; with and without copies in turn, each first and last, twice.
+
+    So that neither a drift nor what ran before them is taken for what copies cost.
+    """
     if not codes_only:
         return {"turboquant3_us": bench_turboquant(shape)}
     with_copies, without = partial(bench_turboquant, shape), partial(bench_turboquant, shape, 0)
-    times = [bench() for bench in (with_copies, without, without, with_copies)]
-    return {"turboquant3_us": mean(times[::3]), "codes_only_us": mean(times[1:3])}
+    turns = [[bench() for bench in (with_copies, without, without, with_copies)] for _ in range(2)]
+    return {
+        "turboquant3_us": mean(time for turn in turns for time in (turn[0], turn[3])),
+        "codes_only_us": mean(time for turn in turns for time in (turn[1], turn[2])),
+    }
 
 
 def measure(shape: Shape, sets: set[str], rivals: bool, bandwidth: float) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def measure(shape: Shape, sets: set[str], rivals: bool, bandwidth: float) -> dic
     if sets & STORE_SETS:
         row["store_us"] = bench_store(shape)
         row["store_share"] = row["store_us"] / ours
+        row["with_store_us"] = bench_turboquant(shape, stores=True)
     for name in rivals_of(shape, sets) if rivals else ():
         torch.cuda.empty_cache()
         try:
@@ -179,7 +186,7 @@ def make_tables(rows: list[dict[str, Any]]) -> list[Table]:
     for title in dict.fromkeys(map(heads_of, rows)):
         table = Table(title=title)
         columns = ["batch x context", "ours, us", "codes", "TB/s", "of copy"]
-        columns += ["store (of ours)"]
+        columns += ["store (of ours)", "with store"]
         columns += [f"{label}, us" for label in RIVAL_LABELS.values()]
         columns += [f"ours / {label}" for label in RIVAL_LABELS.values()]
         for column in columns:
@@ -193,6 +200,7 @@ def make_tables(rows: list[dict[str, Any]]) -> list[Table]:
                 f"{row['bytes_per_s'] / 1e12:.2f}",
                 f"{row['share_of_floor']:.0%}",
                 cell(row, "store") + share,
+                cell(row, "with_store"),
                 *(cell(row, name) for name in RIVAL_LABELS),
                 *(fraction(row, name) for name in RIVAL_LABELS),
             )
@@ -276,7 +284,7 @@ def main() -> None:
     """Measure, or read a record; print its tables and draw its plot."""
     args = parse_arguments()
     record = read_record(args.from_json) if args.from_json else run(args)
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 145, highlight=False)
     setup = "{gpu}, driver {driver}, torch {torch}, vLLM {vllm}, {date}, copy".format(**record)
     console.print(setup, f"{record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     for table in make_tables(record["rows"]):

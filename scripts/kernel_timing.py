@@ -162,12 +162,21 @@ def last_units(shape: Shape, table: Tensor, count: int) -> Tensor:
     return (table[:, units // per_block].long() * per_block + units % per_block).flatten()
 
 
-def bench_turboquant(shape: Shape, window_units: int = WINDOW_UNITS) -> float:
+def last_slots(shape: Shape, table: Tensor) -> Tensor:
+    """Slot of every request's last token, [batch] int64."""
+    block, offset = divmod(shape.context - 1, shape.block_size)
+    return table[:, block].long() * shape.block_size + offset
+
+
+def bench_turboquant(
+    shape: Shape, window_units: int = WINDOW_UNITS, *, stores: bool = False
+) -> float:
     """Microseconds of paged_attention.
 
     Args:
         shape: The step.
         window_units: Units at the end of every request that have 8-bit copies; 0 for none.
+        stores: Whether it stores the last token of every request first, as a step does.
     """
     copies = copies_needed(shape.slots_bytes)
     cache = random_cache(shape, shape.pool_blocks(copies))
@@ -181,7 +190,14 @@ def bench_turboquant(shape: Shape, window_units: int = WINDOW_UNITS) -> float:
         units = torch.cat([last_units(shape, table, window_units) for table in tables])
         num_units = cache.shape[0] * shape.block_size // UNIT_TOKENS
         rest += (*random_copies(shape, num_units, units), window_units)
-    return time_graph_us([partial(ops.paged_attention, query, cache, t, *rest) for t in tables])
+    steps = [partial(ops.paged_attention, query, cache, table, *rest) for table in tables]
+    if stores:
+        key, value = (random_rows(shape, shape.kv_heads) for _ in range(2))
+        steps = [
+            partial(step, key=key, value=value, slot_mapping=last_slots(shape, table))
+            for step, table in zip(steps, tables, strict=True)
+        ]
+    return time_graph_us(steps)
 
 
 def bench_store(shape: Shape) -> float:

@@ -182,9 +182,10 @@ def run_step(
         )
         return builder.build(0, common)
 
-    def store(key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        arguments = (key.to(device), value.to(device), cache, slot_mapping.to(device))
-        impl.do_kv_cache_update(None, *arguments)
+    def forward(query: Tensor, key: Tensor, value: Tensor, metadata: TurboQuant3Metadata) -> Tensor:
+        query, key, value = (x.to(device) for x in (query, key, value))
+        output = torch.full_like(query, 7.0)
+        return impl.forward(None, query, key, value, cache, metadata, output)
 
     requests, queries, keys, values, mapping = [], [], [], [], []
     for req, (context, fresh) in enumerate(zip(spec.context_lens, spec.query_lens, strict=True)):
@@ -196,8 +197,9 @@ def run_step(
         key, value = key.to(dtype), value.to(dtype)
         if context:
             length = torch.tensor([context], dtype=torch.int32)
-            build([req], length, length, slots(req, 0, context))
-            store(key[:context], value[:context], slots(req, 0, context))
+            metadata = build([req], length, length, slots(req, 0, context))
+            nobody = torch.zeros(context, NUM_HEADS, HEAD_DIM, dtype=dtype)
+            forward(nobody, key[:context], value[:context], metadata)
         if sliding_window:
             num_gone = max(0, context - sliding_window + 1) // BLOCK_SIZE
             block_table[req, :num_gone] = nobodys
@@ -214,10 +216,7 @@ def run_step(
     query_lens, context_lens = torch.tensor(spec.query_lens), torch.tensor(spec.context_lens)
     seq_lens = (query_lens + context_lens).int()
     metadata = build(list(range(num_reqs)), query_lens, seq_lens, slot_mapping)
-    store(key, value, slot_mapping)
-    query, key, value = (x.to(device) for x in (query, key, value))
-    output = torch.full_like(query, 7.0)
-    impl.forward(None, query, key, value, cache, metadata, output)
+    output = forward(query, key, value, metadata)
     return Step(output.cpu(), requests, impl, cache, host_table)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import bench_engine
 import pytest
-from bench_engine import Record, last_error, run_engine, started
+from bench_engine import Record, last_error, run_by_turns, run_engine, started
 from engine_workloads import QUICK, SETS, Workload
 from rich.console import Console
 from vllm_server import Capacity, Server, ServerError, vllm_command
@@ -60,6 +60,7 @@ class FakeServer:
             raise ServerError(self.failure)
 
     def capacity(self) -> Capacity:
+        assert not self.failure, "nobody answers"
         return Capacity("auto", 400, 1 << 20)
 
     def log_tail(self, lines: int) -> str:
@@ -170,6 +171,35 @@ def test_decoding_is_measured_by_its_own_client(record: Record, tmp_path: Path) 
     assert [len(prompt) for prompt in prompts] == 10 * [32]  # 400 tokens fit
     (row,) = on_disk(record)["rows"]
     assert row.items() >= {"name": "decode", "decode": True, "clients": 10, **FIGURES}.items()
+
+
+def test_engines_are_measured_by_turns_back_and_forth(record: Record) -> None:
+    by_turns = Workload("ttft", 32, 1, 1, 5, turns=4)
+    client = FakeClient(*({**FIGURES, "ttft_ms": ms, "itl_ms": None} for ms in range(8)))
+    first, failed, last = FakeServer(), FakeServer(failure="did not start"), FakeServer()
+    engines = [
+        (server, dtype, [SHORT, by_turns])
+        for server, dtype in ((first, "auto"), (failed, "fp8"), (last, "turboquant3"))
+    ]
+    run_by_turns(engines, record, client)
+    rows = {row["kv_cache_dtype"]: row for row in on_disk(record)["rows"]}
+    assert rows.keys() == {"auto", "turboquant3"}
+    assert rows["auto"]["ttft_ms_by_turn"] == [0, 3, 4, 7]
+    assert rows["turboquant3"]["ttft_ms_by_turn"] == [1, 2, 5, 6]
+    assert (rows["auto"]["ttft_ms"], rows["auto"]["itl_ms"], rows["auto"]["clients"]) == (
+        3.5,
+        None,
+        1,
+    )
+    assert [workloads for *_, workloads in engines] == [[SHORT], [SHORT, by_turns], [SHORT]]
+
+
+def test_an_engine_alone_is_measured_as_often(record: Record) -> None:
+    by_turns = Workload("ttft", 32, 1, 1, 5, turns=2)
+    run_engine(FakeServer(), "auto", [by_turns], record, FakeClient(FIGURES, FIGURES))
+    assert on_disk(record)["rows"][0]["ttft_ms_by_turn"] == [10.0, 10.0]
+    run_engine(FakeServer(), "auto", [by_turns], record, FakeClient({"error": "gone"}, FIGURES))
+    assert on_disk(record)["rows"][0]["error"] == "gone"
 
 
 def test_an_engine_that_does_not_start_is_recorded_with_the_reason(record: Record) -> None:
@@ -346,8 +376,9 @@ def test_together_starts_all_engines_before_any_is_measured(
 
     monkeypatch.setattr(bench_engine, "Server", lambda *_, **__: next(unused))
     monkeypatch.setattr(bench_engine, "run_engine", measure)
+    monkeypatch.setattr(bench_engine, "run_by_turns", measure)
     monkeypatch.setattr(bench_engine, "has_plugin", lambda: True)
     arguments = ["m", "--json", str(tmp_path / "e.json"), "--dtypes", "auto", "turboquant3"]
     monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments, *["--together"] * together])
     bench_engine.main()
-    assert seen == ([[2, 2], [2, 2]] if together else [[0, 0], [0, 0]])
+    assert seen == (3 * [[2, 2]] if together else 2 * [[0, 0]])

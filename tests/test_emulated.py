@@ -17,7 +17,7 @@ from tests.emulator.build import build_library, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = find_nvcc()
-FILES = ["store", "dequantize", "attention", "recent", "sliding"]
+FILES = ["store", "dequantize", "attention", "recent", "sliding", "new_tokens"]
 #: The kernels of attention stop at head_dim 256, leave values of tensors unchecked, which are on
 #: a device as a rule, and have no threads.
 LEFT_OUT = ["512", "four", "cuda", "opcheck", "refuse", "threads", "cpus", "gib"]

@@ -103,26 +103,6 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         self.key_frame.copy_(key_frame)
         self.relative_frame.copy_(relative_frame(key_frame))
 
-    def do_kv_cache_update(
-        self,
-        layer: AttentionLayer,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Compress this step's keys and values into their slots, and copy the newest.
-
-        Args:
-            layer: Not used.
-            key: [>= num_tokens, num_kv_heads, head_dim], after RoPE.
-            value: As ``key``.
-            kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
-            slot_mapping: [num_tokens] int64, -1 for padding.
-        """
-        copies = (self.recent, self.pool.unit_map) if self.pool else ()
-        ops.store(key, value, self.key_frame, kv_cache, slot_mapping, *copies)
-
     def forward(
         self,
         layer: AttentionLayer,
@@ -135,12 +115,14 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend; see ``TurboQuant3Metadata`` for which rows read what.
+        """Store this step's keys and values, then attend; ``TurboQuant3Metadata`` says to what.
+
+        Every token is stored before any is read: a prefix that is new in this step may be shared.
 
         Args:
             layer: Not used.
             query: [num_tokens, num_heads, head_dim], after RoPE.
-            key: [num_tokens, num_kv_heads, head_dim].
+            key: [num_tokens, num_kv_heads, head_dim], after RoPE.
             value: As ``key``.
             kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
             attn_metadata: None in runs without a cache: those in which vLLM measures memory, and
@@ -154,12 +136,23 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         """
         if attn_metadata is None:
             return self._forward_without_cache(query, key, value, output)
+        decode, prefill = attn_metadata.decode, attn_metadata.prefill
+        new_tokens: tuple[Tensor, Tensor, Tensor] | None
+        new_tokens = key, value, attn_metadata.slot_mapping
+        if prefill is not None:
+            self._store(*new_tokens, kv_cache)
+            new_tokens = None
         rows = attn_metadata.num_decode_tokens
-        if attn_metadata.decode is not None:
+        if decode is not None:
             self._attend_cache(
-                query[:rows], kv_cache, attn_metadata.decode, output[:rows], self.pool, causal=True
+                query[:rows],
+                kv_cache,
+                decode,
+                output[:rows],
+                self.pool,
+                causal=True,
+                new_tokens=new_tokens,
             )
-        prefill = attn_metadata.prefill
         if prefill is not None:
             part = slice(rows, rows + prefill.fresh.num_tokens)
             self._prefill(query[part], key[part], value[part], kv_cache, prefill, output[part])
@@ -177,6 +170,11 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         sequence = FreshRequests.of_lengths([len(query)], query.device)
         fresh_attention(query, key, value, sequence, self.scale, output, self.sliding_window)
         return output
+
+    def _store(self, key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+        """Compress keys and values into their slots, and copy the newest."""
+        copies = (self.recent, self.pool.unit_map) if self.pool else ()
+        ops.store(key, value, self.key_frame, kv_cache, slot_mapping, *copies)
 
     def _prefill(
         self,
@@ -267,11 +265,14 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         pool: RecentPool | None,
         *,
         causal: bool,
+        new_tokens: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend to cached tokens; fill ``output`` and return lse [num_heads, num_tokens].
 
-        The last units of every request are read from copies where ``pool`` has them.
+        The last units of every request are read from copies where ``pool`` has them. Keys, values
+        and slots of ``new_tokens`` are stored first, with copies likewise.
         """
+        key, value, slot_mapping = new_tokens or (None, None, None)
         lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         ops.paged_attention(
             query,
@@ -290,6 +291,9 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             unit_map=pool.unit_map if pool else None,
             window_units=pool.window_units if pool else 0,
             sliding_window=self.sliding_window,
+            key=key,
+            value=value,
+            slot_mapping=slot_mapping,
         )
         return lse
 

@@ -32,7 +32,7 @@ ENGINE_ATTN_TYPES = {
 class TurboQuant3Backend(AttentionBackend):
     """Attention over slots of ``layout.SlotLayout``."""
 
-    forward_includes_kv_cache_update: bool = False
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [CACHE_DTYPE]
 

@@ -92,11 +92,13 @@ class TurboQuant3Metadata(AttentionMetadata):
     row.
 
     Attributes:
+        slot_mapping: [>= num_tokens] int64, where this step's tokens are stored; -1 for padding.
         num_decode_tokens: Rows of the decode requests.
         decode: Decode requests over all their tokens; None without any.
         prefill: The other requests; None without any.
     """
 
+    slot_mapping: Tensor
     num_decode_tokens: int
     decode: PagedRequests | None
     prefill: PrefillRequests | None
@@ -155,7 +157,7 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
             )
         if num_prefills:
             prefill = self._build_prefill(batch, num_decodes)
-        return TurboQuant3Metadata(num_decode_tokens, decode, prefill)
+        return TurboQuant3Metadata(batch.slot_mapping, num_decode_tokens, decode, prefill)
 
     def _build_prefill(self, batch: CommonAttentionMetadata, first_req: int) -> PrefillRequests:
         """Describe the requests from ``first_req`` on."""

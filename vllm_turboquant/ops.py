@@ -98,8 +98,13 @@ def paged_attention(
     unit_map: Tensor | None = None,
     window_units: int = 0,
     sliding_window: int = 0,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> None:
-    """Attend to cached tokens; see ``reference.attention``.
+    """Store new tokens, if any are given, and attend to cached ones; see ``reference.attention``.
+
+    On GPUs of compute capability 9.0 and higher, this takes less time than two calls do.
 
     Args:
         query: [num_tokens, num_heads, head_dim] float32 | float16 | bfloat16, last axis contiguous.
@@ -126,6 +131,9 @@ def paged_attention(
         window_units: Units of 16 tokens of a window, 1 to 8.
         sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit. See
             ``reference.visible_tokens``.
+        key: Of tokens to store first. This and the next two are as in ``store``, given together.
+        value: As ``key``.
+        slot_mapping: Where to.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -147,6 +155,9 @@ def paged_attention(
         unit_map,
         window_units,
         sliding_window,
+        key,
+        value,
+        slot_mapping,
     )
 
 
@@ -275,6 +286,9 @@ def _paged_attention_fake(
     unit_map: Tensor | None = None,
     window_units: int = 0,
     sliding_window: int = 0,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 

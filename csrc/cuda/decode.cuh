@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 
 #include "cuda/codes.cuh"
@@ -236,6 +235,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   __syncthreads();
   stream.locate();
   window.look_up();
+  await_previous();  // it writes the cache and the copies, and nothing that was read so far
   stream.fetch(0, 0);
   if (has_window) window.share(rows.kv_head, reads_copies, shared->window);
   for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {
@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   TQ_DYNAMIC_SHARED(bytes);
   auto* shared = reinterpret_cast<typename Traits::Shared*>(bytes);
   const AttentionParams& a = p.attention;
+  if (p.awaits_first) await_previous();
   const int split = blockIdx.x, kv_head = blockIdx.y, req = blockIdx.z;
   const int first_token = a.query_start_loc[req];
   const int query_len = a.query_start_loc[req + 1] - first_token;
@@ -314,6 +315,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     attend_tile<Traits>(partials, req, split, begin, end, shared);
     if (only) combine_splits<Traits>(partials, 1, shared);
   }
+  await_previous();  // where there are no rows, too: what comes next counts on it
   if (only) return;
   const int num_splits = (num_batches + share - 1) / share;
   uint32_t* ticket = p.partials.tickets + req * a.cache.num_kv_heads + kv_head;
@@ -325,51 +327,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 }
 
 template <typename Traits>
-void launch_traits(DecodeParams p, int rows, Stream stream) {
+void launch_traits(DecodeParams p, int rows, bool overlaps, Stream stream) {
   const AttentionParams& a = p.attention;
   p.warps_per_row = Divisor(std::max(Traits::kWarps / rows, 1));
   launch(decode_kernel<Traits>, dim3(p.num_splits.value(), a.cache.num_kv_heads, a.num_reqs),
-         Traits::kThreads, sizeof(typename Traits::Shared), static_cast<cudaStream_t>(stream), p);
+         Traits::kThreads, sizeof(typename Traits::Shared), static_cast<cudaStream_t>(stream), p,
+         overlaps);
 }
 
 template <typename Traits>
-int resident_traits() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // of a device, plus one; 0: not asked yet
-  int device = 0;
-  TQ_CUDA_CHECK(cudaGetDevice(&device));
-  std::atomic<int>& slot = known[device % kDevices];
-  if (slot.load(std::memory_order_relaxed) == 0) {
-    const int shared_bytes = sizeof(typename Traits::Shared);
-    slot.store(1 + resident_ctas(decode_kernel<Traits>, Traits::kThreads, shared_bytes),
-               std::memory_order_relaxed);
-  }
-  return slot.load(std::memory_order_relaxed) - 1;
+Residency residency_traits() {
+  static OncePerDevice ctas, overlaps;
+  return {ctas.get([] {
+            return resident_ctas(decode_kernel<Traits>, Traits::kThreads,
+                                 sizeof(typename Traits::Shared));
+          }),
+          overlaps.get([] { return can_overlap(decode_kernel<Traits>); }) != 0};
 }
 
-template <int kHeadDim>
-void launch_decode(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
+// Call what is generic over a traits class with that of a plan.
+template <int kHeadDim, typename Call>
+auto with_traits(const DecodePlan& plan, const Call& call) {
   using Four = DecodeShapes<kHeadDim, 4>;
   using Eight = DecodeShapes<kHeadDim, 8>;
   if (plan.rows <= 4) {
-    plan.wide ? launch_traits<typename Four::Wide>(p, plan.rows, stream)
-              : launch_traits<typename Four::Narrow>(p, plan.rows, stream);
-  } else {
-    plan.wide ? launch_traits<typename Eight::Wide>(p, plan.rows, stream)
-              : launch_traits<typename Eight::Narrow>(p, plan.rows, stream);
+    return plan.wide ? call(typename Four::Wide{}) : call(typename Four::Narrow{});
   }
+  return plan.wide ? call(typename Eight::Wide{}) : call(typename Eight::Narrow{});
 }
 
 template <int kHeadDim>
-int resident_decode(const DecodePlan& plan) {
-  using Four = DecodeShapes<kHeadDim, 4>;
-  using Eight = DecodeShapes<kHeadDim, 8>;
-  if (plan.rows <= 4) {
-    return plan.wide ? resident_traits<typename Four::Wide>()
-                     : resident_traits<typename Four::Narrow>();
-  }
-  return plan.wide ? resident_traits<typename Eight::Wide>()
-                   : resident_traits<typename Eight::Narrow>();
+void launch_decode(const DecodeParams& p, const DecodePlan& plan, bool overlaps, Stream stream) {
+  with_traits<kHeadDim>(
+      plan, [&](auto traits) { launch_traits<decltype(traits)>(p, plan.rows, overlaps, stream); });
+}
+
+template <int kHeadDim>
+Residency residency(const DecodePlan& plan) {
+  return with_traits<kHeadDim>(plan,
+                               [](auto traits) { return residency_traits<decltype(traits)>(); });
 }
 
 }  // namespace tq::cuda

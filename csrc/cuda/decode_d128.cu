@@ -3,10 +3,11 @@
 
 namespace tq::cuda {
 
-void launch_decode_d128(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
-  launch_decode<128>(p, plan, stream);
+void launch_decode_d128(const DecodeParams& p, const DecodePlan& plan, bool overlaps,
+                        Stream stream) {
+  launch_decode<128>(p, plan, overlaps, stream);
 }
 
-int resident_decode_d128(const DecodePlan& plan) { return resident_decode<128>(plan); }
+Residency residency_d128(const DecodePlan& plan) { return residency<128>(plan); }
 
 }  // namespace tq::cuda

@@ -3,10 +3,11 @@
 
 namespace tq::cuda {
 
-void launch_decode_d256(const DecodeParams& p, const DecodePlan& plan, Stream stream) {
-  launch_decode<256>(p, plan, stream);
+void launch_decode_d256(const DecodeParams& p, const DecodePlan& plan, bool overlaps,
+                        Stream stream) {
+  launch_decode<256>(p, plan, overlaps, stream);
 }
 
-int resident_decode_d256(const DecodePlan& plan) { return resident_decode<256>(plan); }
+Residency residency_d256(const DecodePlan& plan) { return residency<256>(plan); }
 
 }  // namespace tq::cuda

@@ -10,6 +10,12 @@
 
 namespace tq::cuda {
 
+// How a plan's CTAs share the current device.
+struct Residency {
+  int ctas;          // that run at once, if nothing else does
+  bool can_overlap;  // see launch
+};
+
 struct DecodeParams {
   AttentionParams attention;
   Partials partials;
@@ -18,6 +24,7 @@ struct DecodeParams {
   Divisor units_per_block;
   Divisor warps_per_row;  // that merge the splits
   float scale_log2;       // softmax scale * log2(e)
+  bool awaits_first;      // the store that it overlaps, before anything else
 };
 
 template <int kHeadDim_, int kRows_, int kWarps_, int kMinCtas_>
@@ -127,11 +134,13 @@ struct DecodeShapes {
 };
 
 // One instantiation a file: they take long to compile.
-void launch_decode_d64(const DecodeParams& p, const DecodePlan& plan, Stream stream);
-void launch_decode_d128(const DecodeParams& p, const DecodePlan& plan, Stream stream);
-void launch_decode_d256(const DecodeParams& p, const DecodePlan& plan, Stream stream);
-int resident_decode_d64(const DecodePlan& plan);
-int resident_decode_d128(const DecodePlan& plan);
-int resident_decode_d256(const DecodePlan& plan);
+void launch_decode_d64(const DecodeParams& p, const DecodePlan& plan, bool overlaps, Stream stream);
+void launch_decode_d128(const DecodeParams& p, const DecodePlan& plan, bool overlaps,
+                        Stream stream);
+void launch_decode_d256(const DecodeParams& p, const DecodePlan& plan, bool overlaps,
+                        Stream stream);
+Residency residency_d64(const DecodePlan& plan);
+Residency residency_d128(const DecodePlan& plan);
+Residency residency_d256(const DecodePlan& plan);
 
 }  // namespace tq::cuda

@@ -12,7 +12,10 @@ namespace tq::cuda {
 
 using Stream = void*;  // cudaStream_t, so that callers need no CUDA header
 
-void store(const StoreParams& p, Stream stream);
+// begins_next: The next launch on the stream may overlap this one. It has to await it before it
+// reads the cache or the copies.
+void store(const StoreParams& p, Stream stream, bool begins_next = false);
+int64_t store_ctas(const StoreParams& p);
 
 // One CTA, so that places are given in the order of requests.
 void assign_recent(const AssignParams& p, Stream stream);
@@ -42,8 +45,9 @@ struct Partials {
   uint32_t* tickets;  // [num_reqs, num_kv_heads], all 0 before and after; of one launch at a time
 };
 
+// new_tokens: stored first, where they are not null.
 void paged_attention(const AttentionParams& p, const DecodePlan& plan, const Partials& partials,
-                     Stream stream);
+                     const StoreParams* new_tokens, Stream stream);
 
 // num_rows: rows that key and value have room for.
 void dequantize(const DequantizeParams& p, int64_t num_rows, Stream stream);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -21,15 +22,34 @@ inline void check(cudaError_t error, const char* what, const char* file, int lin
 
 #define TQ_CUDA_CHECK(call) ::tq::cuda::check(call, #call, __FILE__, __LINE__)
 
+// Launch a kernel. It may overlap the one launched just before it on the stream if that one calls
+// begin_next() and this one can_overlap() (programmatic dependent launch).
 template <typename Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-            const Params& params) {
+            const Params& params, bool overlaps = false) {
   if (shared_bytes > 48 * 1024) {
     TQ_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(params);
-  TQ_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
+  TQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+// Whether a kernel that calls await_previous() was compiled for GPUs that know what it means.
+template <typename Params>
+bool can_overlap(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes{};
+  TQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
 }
 
 // CTAs of `kernel` that the current device runs at once; 0 if it cannot run one.
@@ -47,5 +67,24 @@ int resident_ctas(void (*kernel)(Params), int threads, int shared_bytes) {
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas_per_sm, kernel, threads, shared_bytes));
   return num_sms * ctas_per_sm;
 }
+
+// A number that depends on the device, asked for once.
+class OncePerDevice {
+ public:
+  template <typename Ask>
+  int get(const Ask& ask) {
+    int device = 0;
+    TQ_CUDA_CHECK(cudaGetDevice(&device));
+    std::atomic<int>& known = known_[device % kDevices];
+    if (known.load(std::memory_order_relaxed) == 0) {
+      known.store(1 + ask(), std::memory_order_relaxed);
+    }
+    return known.load(std::memory_order_relaxed) - 1;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices] = {};  // plus one; 0: not asked yet
+};
 
 }  // namespace tq::cuda

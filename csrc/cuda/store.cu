@@ -19,12 +19,9 @@ constexpr float kHalfMax = 65504.0f;
 
 struct StoreLaunch {
   StoreParams params;
+  bool begins_next;
   Divisor num_groups;
   Divisor units_per_block;
-
-  int vectors_per_token() const {
-    return params.cache.num_kv_heads * 2 * params.cache.layout.num_groups();
-  }
 };
 
 // Lane's share of one coded group.
@@ -51,18 +48,17 @@ __device__ float sum_of_squares(const float (&x)[kPerLane<kGroup>]) {
   return warp_tree_sum<kGroup>(squares);
 }
 
-// Rotate and normalize x of length `norm`; write u, its centroids and its indices.
-template <int kGroup, const SignDiagonal& kDiagonal>
-__device__ void quantize(const float (&x)[kPerLane<kGroup>], float norm,
+// Normalize y, a rotated vector of length `norm`; write u, its centroids and its indices.
+template <int kGroup>
+__device__ void quantize(const float (&y)[kPerLane<kGroup>], float norm,
                          float (&u)[kPerLane<kGroup>], float (&centroid)[kPerLane<kGroup>],
                          uint32_t* index) {
   using Book = Codebook<kGroup>;
   const float inverse = norm > 0.0f ? __fdiv_rn(1.0f, norm) : 0.0f;
-  rotate<kGroup, kDiagonal>(x, u);
   *index = 0;
 #pragma unroll
   for (int e = 0; e < kPerLane<kGroup>; ++e) {
-    u[e] = __fmul_rn(u[e], inverse);
+    u[e] = __fmul_rn(y[e], inverse);
     const uint32_t code = (u[e] > -Book::kBoundary) + (u[e] > 0.0f) + (u[e] > Book::kBoundary);
     const float size = code == 0 || code == 3 ? Book::kOuter : Book::kInner;
     centroid[e] = code < 2 ? -size : size;
@@ -78,18 +74,33 @@ __device__ float group_scale(float norm, float overlap) {
   return scale > kHalfMax ? kHalfMax : scale;
 }
 
-// Code a key; x becomes what is left of it, seen from its origin. `frame` starts at the lane's
-// coordinates, its parts `head_dim` apart.
+// Lane's coordinates of a key frame.
+template <int kCount>
+struct LaneFrame {
+  float center[kCount], sink[kCount], balance[kCount];
+
+  __device__ void load(const KeyFrame& frame, int kv_head, int first) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      center[e] = frame.center(kv_head)[first + e];
+      sink[e] = frame.sink(kv_head)[first + e];
+      balance[e] = frame.balance(kv_head)[first + e];
+    }
+  }
+};
+
+// Code a key; write y, it as seen from its origin, rotated.
 template <int kGroup>
-__device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>], const float* frame, int head_dim) {
+__device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>],
+                               const LaneFrame<kPerLane<kGroup>>& frame,
+                               float (&y)[kPerLane<kGroup>]) {
   constexpr int kCount = kPerLane<kGroup>;
   float u[kCount], centroid[kCount], projected[kCount], scratch[kCount], far[kCount];
   LaneCode code{};
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
-    const float balance = frame[2 * head_dim + e];
-    far[e] = __fmul_rn(__fsub_rn(x[e], frame[head_dim + e]), balance);
-    x[e] = __fmul_rn(__fsub_rn(x[e], frame[e]), balance);
+    far[e] = __fmul_rn(__fsub_rn(x[e], frame.sink[e]), frame.balance[e]);
+    x[e] = __fmul_rn(__fsub_rn(x[e], frame.center[e]), frame.balance[e]);
   }
   float square = sum_of_squares<kGroup>(x);
   const float far_square = sum_of_squares<kGroup>(far);
@@ -100,7 +111,8 @@ __device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>], const float* frame,
     for (int e = 0; e < kCount; ++e) x[e] = far[e];
   }
   const float norm = __fsqrt_rn(square);
-  quantize<kGroup, kKeySigns>(x, norm, u, centroid, &code.index);
+  rotate<kGroup, kKeySigns>(x, y);
+  quantize<kGroup>(y, norm, u, centroid, &code.index);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) scratch[e] = __fsub_rn(u[e], centroid[e]);
   rotate<kGroup, kResidualSigns>(scratch, projected);
@@ -119,13 +131,15 @@ __device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>], const float* frame,
   return code;
 }
 
+// Code a value; write y, it rotated.
 template <int kGroup>
-__device__ LaneCode encode_value(const float (&x)[kPerLane<kGroup>]) {
+__device__ LaneCode encode_value(const float (&x)[kPerLane<kGroup>], float (&y)[kPerLane<kGroup>]) {
   constexpr int kCount = kPerLane<kGroup>;
   float u[kCount], centroid[kCount];
   LaneCode code{};
   const float norm = __fsqrt_rn(sum_of_squares<kGroup>(x));
-  quantize<kGroup, kValueSigns>(x, norm, u, centroid, &code.index);
+  rotate<kGroup, kValueSigns>(x, y);
+  quantize<kGroup>(y, norm, u, centroid, &code.index);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) centroid[e] = __fmul_rn(u[e], centroid[e]);
   code.scale = group_scale<kGroup>(norm, warp_tree_sum<kGroup>(centroid));
@@ -144,15 +158,13 @@ __device__ void scatter_bits(uint32_t bits, uint8_t* out) {
   if (lane % kLanesPerByte == 0) out[lane / kLanesPerByte] = static_cast<uint8_t>(bits);
 }
 
-// Write x, rotated, in 8 bits as token `offset` of a unit's copies.
-template <int kGroup, const SignDiagonal& kDiagonal>
-__device__ void write_copy(const float (&x)[kPerLane<kGroup>], bool at_sink, uint8_t* vectors,
+// Write y, a rotated vector, in 8 bits as token `offset` of a unit's copies.
+template <int kGroup>
+__device__ void write_copy(const float (&y)[kPerLane<kGroup>], bool at_sink, uint8_t* vectors,
                            uint8_t* scales, int head_dim, int group, int offset) {
   constexpr int kCount = kPerLane<kGroup>;
   constexpr float kLargest = 127.0f;
   const int lane = threadIdx.x & 31;
-  float y[kCount];
-  rotate<kGroup, kDiagonal>(x, y);
   unsigned bits = 0;  // of the largest magnitude, or of a NaN, whose bits exceed those of numbers
 #pragma unroll
   for (int e = 0; e < kCount; ++e) bits = max(bits, __float_as_uint(y[e]) & 0x7fffffffu);
@@ -179,6 +191,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const SlotLayout layout = p.cache.layout;
   const int block_size = p.cache.block_size;
   const int lane = threadIdx.x & 31;
+  if (launch.begins_next) begin_next();
 
   // 1. Find the vector and its slot, and ask for all that is read.
   const int64_t token = blockIdx.x;
@@ -192,17 +205,17 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int first = group * kGroup + lane * kCount;
   RowElements<kCount> elements;
   elements.load(is_value ? p.value : p.key, token, kv_head, first);
+  LaneFrame<kCount> frame;
+  if (!is_value) frame.load(p.key_frame, kv_head, first);
   if (slot < 0) return;
   const Copies& copies = p.copies;
   const int unit = static_cast<int>(slot / kUnitTokens);  // fits, as in unit_map
   const int32_t mapped = copies.data ? copies.unit_map[unit] : 0;
 
   // 2. Code it.
-  float x[kCount];
+  float x[kCount], y[kCount];
   elements.convert(is_value ? p.value.dtype : p.key.dtype, x);
-  const LaneCode code =
-      is_value ? encode_value<kGroup>(x)
-               : encode_key<kGroup>(x, p.key_frame.center(kv_head) + first, layout.head_dim);
+  const LaneCode code = is_value ? encode_value<kGroup>(x, y) : encode_key<kGroup>(x, frame, y);
 
   // 3. Write it.
   const BlockOffsets at = layout.offsets(block_size);
@@ -228,22 +241,28 @@ __global__ void __launch_bounds__(kWarps * 32)
   uint8_t* to = copies.unit(mapped, kv_head);
   const int in_unit = static_cast<int>(slot % kUnitTokens);
   if (is_value) {
-    write_copy<kGroup, kValueSigns>(x, false, to + in.value, to + in.value_scale, layout.head_dim,
-                                    group, in_unit);
+    write_copy<kGroup>(y, false, to + in.value, to + in.value_scale, layout.head_dim, group,
+                       in_unit);
   } else {
-    write_copy<kGroup, kKeySigns>(x, signbit(code.scale), to + in.key, to + in.key_scale,
-                                  layout.head_dim, group, in_unit);
+    write_copy<kGroup>(y, signbit(code.scale), to + in.key, to + in.key_scale, layout.head_dim,
+                       group, in_unit);
   }
+}
+
+int ctas_per_token(const StoreParams& p) {
+  const int vectors = p.cache.num_kv_heads * 2 * p.cache.layout.num_groups();
+  return (vectors + kWarps - 1) / kWarps;
 }
 
 }  // namespace
 
-void store(const StoreParams& p, Stream stream) {
+int64_t store_ctas(const StoreParams& p) { return p.num_tokens * ctas_per_token(p); }
+
+void store(const StoreParams& p, Stream stream, bool begins_next) {
   if (p.num_tokens == 0) return;
-  const StoreLaunch params{p, Divisor(p.cache.layout.num_groups()),
+  const StoreLaunch params{p, begins_next, Divisor(p.cache.layout.num_groups()),
                            Divisor(p.cache.block_size / kUnitTokens)};
-  const int ctas_per_token = (params.vectors_per_token() + kWarps - 1) / kWarps;
-  const dim3 grid(static_cast<unsigned>(p.num_tokens), ctas_per_token);
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), ctas_per_token(p));
   const auto kernel = p.cache.layout.group() == 64 ? store_kernel<64> : store_kernel<128>;
   launch(kernel, grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream), params);
 }

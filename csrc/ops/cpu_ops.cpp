@@ -17,11 +17,7 @@ cpu::Threads threads() {
           }};
 }
 
-void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping, std::optional<Tensor> recent,
-           std::optional<Tensor> unit_map) {
-  const StoreParams p =
-      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+void store_tokens(const StoreParams& p) {
   const int64_t num_slots = p.cache.num_blocks * p.cache.block_size;
   for (int64_t i = 0; i < p.num_tokens; ++i) {
     STD_TORCH_CHECK(p.slot_mapping[i] < num_slots, "slot_mapping has slot ", p.slot_mapping[i],
@@ -30,12 +26,20 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
   cpu::store(p, threads());
 }
 
-void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
+           const Tensor& slot_mapping, std::optional<Tensor> recent,
+           std::optional<Tensor> unit_map) {
+  store_tokens(store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map));
+}
+
+void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> /* scratch: threads have their own */,
                      std::optional<Tensor> /* tickets */, std::optional<Tensor> recent,
-                     std::optional<Tensor> unit_map, int64_t window_units, int64_t sliding_window) {
+                     std::optional<Tensor> unit_map, int64_t window_units, int64_t sliding_window,
+                     std::optional<Tensor> key, std::optional<Tensor> value,
+                     std::optional<Tensor> slot_mapping) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -48,6 +52,8 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
     STD_TORCH_CHECK(p.seq_lens[req] <= capacity, "seq_lens has ", p.seq_lens[req],
                     " tokens, block_table has room for ", capacity);
   }
+  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+  if (stored) store_tokens(*stored);
   cpu::paged_attention(p, threads());
 }
 

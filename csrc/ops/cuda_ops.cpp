@@ -69,12 +69,13 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
   cuda::store(p, scope.stream());
 }
 
-void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> scratch, std::optional<Tensor> tickets,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
-                     int64_t window_units, int64_t sliding_window) {
+                     int64_t window_units, int64_t sliding_window, std::optional<Tensor> key,
+                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -90,8 +91,17 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   check_device("out", out, kv_cache);
   check_device("lse", lse, kv_cache);
   check_copies(recent, unit_map, kv_cache);
-  if (p.num_reqs == 0 || num_tokens == 0) return;
+  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+  if (stored) {
+    check_device("key", *key, kv_cache);
+    check_device("value", *value, kv_cache);
+    check_device("slot_mapping", *slot_mapping, kv_cache);
+  }
   const DeviceScope scope(kv_cache);
+  if (p.num_reqs == 0 || num_tokens == 0) {
+    if (stored) cuda::store(*stored, scope.stream());
+    return;
+  }
   // What the rows of a request see together, if requests have equally many.
   const int64_t most_seen = p.sliding_window + num_tokens / p.num_reqs;
   const int64_t most_tokens = std::min(block_table.size(1) * p.cache.block_size, most_seen);
@@ -121,7 +131,7 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   cuda::paged_attention(p, plan,
                         {partial_out, partial_out + out_bytes / sizeof(float), num_rows,
                          static_cast<uint32_t*>(ticket.data_ptr())},
-                        scope.stream());
+                        stored ? &*stored : nullptr, scope.stream());
 }
 
 int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int64_t num_heads,

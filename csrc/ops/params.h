@@ -55,6 +55,20 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
   return p;
 }
 
+// Tokens that paged_attention stores first, if there are any.
+inline std::optional<StoreParams> new_tokens(const std::optional<Tensor>& key,
+                                             const std::optional<Tensor>& value,
+                                             const Tensor& key_frame_, const Tensor& kv_cache,
+                                             const std::optional<Tensor>& slot_mapping,
+                                             const std::optional<Tensor>& recent,
+                                             const std::optional<Tensor>& unit_map) {
+  STD_TORCH_CHECK(
+      key.has_value() == value.has_value() && key.has_value() == slot_mapping.has_value(),
+      "key, value and slot_mapping must be given together");
+  if (!key) return std::nullopt;
+  return store_params(*key, *value, key_frame_, kv_cache, *slot_mapping, recent, unit_map);
+}
+
 // 0 stands for no window.
 inline int check_sliding_window(int64_t sliding_window) {
   STD_TORCH_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,

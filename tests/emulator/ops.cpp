@@ -22,12 +22,13 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
               nullptr);
 }
 
-void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_table,
                      const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& key_frame,
                      double scale, bool causal, Tensor out, Tensor lse,
                      std::optional<Tensor> /* scratch */, std::optional<Tensor> /* tickets */,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
-                     int64_t window_units, int64_t sliding_window) {
+                     int64_t window_units, int64_t sliding_window, std::optional<Tensor> key,
+                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -39,8 +40,9 @@ void paged_attention(const Tensor& query, const Tensor& kv_cache, const Tensor& 
   std::vector<float> partial_out(plan.num_splits * num_rows * query.size(2), poison);
   std::vector<float> partial_lse(plan.num_splits * num_rows, poison);
   std::vector<uint32_t> tickets(p.num_reqs * p.cache.num_kv_heads);
+  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
   cuda::paged_attention(p, plan, {partial_out.data(), partial_lse.data(), num_rows, tickets.data()},
-                        nullptr);
+                        stored ? &*stored : nullptr, nullptr);
   for (const uint32_t ticket : tickets) STD_TORCH_CHECK(ticket == 0, "a ticket is left");
 }
 

@@ -6,12 +6,15 @@ namespace tq::cuda {
 #define TQ_CUDA_CHECK(call) call
 #define TQ_DYNAMIC_SHARED(bytes) uint8_t* bytes = emulator::shared_memory()
 
-inline void cudaGetDevice(int* device) { *device = 0; }
+template <typename Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int, cudaStream_t, const Params& params,
+            bool = false) {
+  emulator::run(grid, threads, [&] { kernel(params); });
+}
 
 template <typename Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, int, cudaStream_t,
-            const Params& params) {
-  emulator::run(grid, threads, [&] { kernel(params); });
+bool can_overlap(void (*)(Params)) {
+  return true;
 }
 
 // Few, so that there is more than one wave.
@@ -19,5 +22,13 @@ template <typename Params>
 int resident_ctas(void (*)(Params), int, int) {
   return 12;
 }
+
+class OncePerDevice {
+ public:
+  template <typename Ask>
+  int get(const Ask& ask) {
+    return ask();
+  }
+};
 
 }  // namespace tq::cuda

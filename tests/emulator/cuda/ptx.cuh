@@ -14,6 +14,8 @@ inline void cp_async_16(uint32_t shared, const void* global) {
 inline void cp_async_commit() {}
 template <int kPending>
 inline void cp_async_wait() {}
+inline void begin_next() {}
+inline void await_previous() {}
 inline void prefetch_l2(const void*) {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
