@@ -225,7 +225,12 @@ def measure(
     if workload.decode:
         return client.submit(run_decode, *decode_arguments(server, workload, clients)).result()
     options = client_arguments(server, workload, clients)
-    return client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
+    before = server.prefill_time()
+    figures = client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
+    if "error" in figures:
+        return figures
+    seconds, count = (now - then for now, then in zip(server.prefill_time(), before, strict=True))
+    return figures | {"prefill_ms": round(1e3 * seconds / count, 3) if count else None}
 
 
 def median_of(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -365,7 +370,7 @@ def capacity_table(engines: dict[str, Any]) -> Table:
 def speed_table(rows: list[dict[str, Any]]) -> Table:
     """What was measured, and how many times the figure of ``auto`` that is."""
     table = Table("workload", "requests", "--kv-cache-dtype")
-    for column in ("tokens/s", "TTFT, ms", "ITL, ms", "ITL p99, ms"):
+    for column in ("tokens/s", "TTFT, ms", "prefill, ms", "ITL, ms", "ITL p99, ms"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys(row["name"] for row in rows):
         group = {row["kv_cache_dtype"]: row for row in rows if row["name"] == name}
@@ -378,6 +383,7 @@ def speed_table(rows: list[dict[str, Any]]) -> Table:
                 dtype,
                 cell(row, baseline, "tokens_per_s"),
                 cell(row, baseline, "ttft_ms", 1),
+                cell(row, baseline, "prefill_ms", 1),
                 cell(row, baseline, "itl_ms", 2),
                 cell(row, baseline, "itl_p99_ms", 2),
             )
@@ -479,7 +485,7 @@ def main() -> None:
                 run_by_turns(engines, record, client)
             for server, dtype, missing in engines:
                 run_engine(server, dtype, missing, record, client)
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print("{model}, vLLM {vllm}, torch {torch}, {device}".format(**setup))
     console.print(capacity_table(record.data["engines"]))
     console.print(speed_table(record.data["rows"]))

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 LOG_TAIL_LINES = 40
 PROGRESS_EVERY_S = 10.0
@@ -214,6 +215,26 @@ class Server:
                 f"{self.url}/metrics has no usable vllm:cache_config_info ({error!r}); "
                 "this reads vLLM 0.32 and 0.33"
             ) from error
+
+    def prefill_time(self) -> tuple[float, int]:
+        """Seconds from being scheduled to the first token, summed over requests, and their number.
+
+        As the engine says itself: without tokenizing, HTTP and waiting for other requests.
+
+        Raises:
+            ServerError: The server does not answer.
+        """
+        try:
+            text = self._http.get(f"{self.url}/metrics", timeout=30).text
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}/metrics does not answer ({error!r})") from error
+        name = "vllm:request_prefill_time_seconds"
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        seconds, count = (
+            sum(sample.value for sample in samples if sample.name == f"{name}_{part}")
+            for part in ("sum", "count")
+        )
+        return seconds, int(count)
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         """Last lines of the log file; empty where the log goes to the terminal."""

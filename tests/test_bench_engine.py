@@ -46,6 +46,7 @@ class FakeServer:
         self.process = SimpleNamespace(poll=lambda: exit_code)
         self.start_s, self.events = 1.0, list[str]()
         self.stopped = False
+        self.prefills = 0
 
     def __enter__(self) -> FakeServer:
         self.events.append("start")
@@ -62,6 +63,10 @@ class FakeServer:
     def capacity(self) -> Capacity:
         assert not self.failure, "nobody answers"
         return Capacity("auto", 400, 1 << 20)
+
+    def prefill_time(self) -> tuple[float, int]:
+        self.prefills += 1  # four requests, two seconds, at every look
+        return 2.0 * self.prefills, 4 * self.prefills
 
     def log_tail(self, lines: int) -> str:
         return self.log
@@ -157,6 +162,7 @@ def test_an_engine_is_measured_and_the_record_written_after_every_workload(recor
     assert written["engines"]["auto"]["capacity_tokens"] == 400
     assert [row["name"] for row in written["rows"]] == ["short"]
     assert written["rows"][0].items() >= {"clients": 4, "requests_that_fit": 10, **FIGURES}.items()
+    assert written["rows"][0]["prefill_ms"] == 500.0
     assert "--random-input-len=32" in client.asked[0]
     assert "--max-concurrency=4" in client.asked[0]
 
@@ -265,7 +271,7 @@ def test_tables_compare_with_auto(record: Record) -> None:
         figures = {key: factor * value for key, value in FIGURES.items()}
         record.put_row(dtype, SHORT, {"clients": 4, "requests_that_fit": 3, **figures})
     record.put_engine("fp8", {"error": "no"})
-    console = Console(width=130, record=True)
+    console = Console(width=140, record=True)
     console.print(bench_engine.capacity_table(record.data["engines"]))
     console.print(bench_engine.speed_table(record.data["rows"]))
     lines = console.export_text().splitlines()
