@@ -115,7 +115,7 @@ def kernel_rows(gpu: str = "h100") -> Iterator[tuple[dict[str, Any], str]]:
 
 def test_cuda_kernels_in_the_readme() -> None:
     bars = [(row, name) for row, name in kernel_rows() if "bars" in row["sets"]]
-    assert len(bars) == 7
+    assert len(bars) == 8
     for row, name in bars:
         ours = row["turboquant3_us"]
         others = [row[f"{k}_us"] / ours for k in ("fa3_bf16", "fa3_fp8", "vllm_turboquant_3bit")]
@@ -168,10 +168,10 @@ def test_decoding_in_engines() -> None:
         assert numbers(line[2]) == pytest.approx(times, abs=0.0051)
 
 
-@pytest.mark.parametrize("name", ["decode", "decode_llama", "decode_tp"])
+@pytest.mark.parametrize("name", ["decode_h100", "decode_llama_h100", "decode_tp_h200"])
 def test_decoding_in_engines_in_the_records(name: str) -> None:
     lines = [cells(line) for line in RECORDS.splitlines() if " + 512 | `" in line]
-    for row in read(f"engine_{name}_h100")["rows"]:
+    for row in read(f"engine_{name}")["rows"]:
         start = [
             f"{row['input_tokens']:,} + {row['output_tokens']}",
             f"`{row['kv_cache_dtype']}`",
@@ -180,6 +180,26 @@ def test_decoding_in_engines_in_the_records(name: str) -> None:
         speed, _ = speed_and_time(row)
         found = [numbers(line[3])[0] for line in lines if line[:3] == start]
         assert any(value == pytest.approx(speed, rel=5e-4, abs=0.51) for value in found), start
+
+
+def test_tensor_parallel_in_the_readme() -> None:
+    rows = {
+        (row["name"], row["kv_cache_dtype"]): row for row in read("engine_decode_tp_h200")["rows"]
+    }
+    for name in ("4k-x1", "16k-fit"):
+        ours, auto = (speed_and_time(rows[name, dtype])[0] for dtype in ("turboquant3", "auto"))
+        assert f"{ours / auto:.2f}x" in README
+
+
+def test_times_to_the_first_token_by_turns() -> None:
+    rows = read("engine_ttft_h200")["rows"]
+    for tokens in (2048, 8192):
+        same = [row for row in rows if row["input_tokens"] == tokens]
+        (line,) = (cells(x) for x in RECORDS.splitlines() if x.startswith(f"| {tokens:,} | "))
+        for row, cell in zip(same, line[1:], strict=True):
+            turns = [float(x) for x in cell.split("(")[1].strip(")").split(",")]
+            assert float(cell.split(" ")[0]) == pytest.approx(row["ttft_ms"], abs=0.051)
+            assert turns == pytest.approx(row["ttft_ms_by_turn"], abs=0.051)
 
 
 def test_at_a_glance() -> None:
