@@ -34,7 +34,7 @@ class Steps:
         case: Its cache and copies belong to these steps alone.
         query: [num_reqs, num_heads, head_dim].
         slot_mapping: [num_reqs] int64, of the newest tokens; -1 where there is none.
-        results: Outputs and log-sum-exps of the steps so far, then of the cache and the copies.
+        results: Outputs and log-sum-exps of the steps so far, in turn.
     """
 
     def __init__(self, case: RecentBatch, device: str) -> None:

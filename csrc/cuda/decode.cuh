@@ -9,6 +9,8 @@
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
 // Where the request's window has 8-bit copies (reference_recent.py), the CTA with its last tokens
 // reads these, after its batches; their codes get no weight.
+// May begin while store writes the newest tokens (decode.cu); nothing of the cache or the copies is
+// read before await_previous().
 // Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
 // codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
 // The order of additions is fixed, so equal inputs give equal bits.
