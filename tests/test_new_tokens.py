@@ -158,6 +158,32 @@ def test_graph_replay(name: str, shape: tuple[int, int, int]) -> None:
         check_equal(together, apart)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_but_padding(device: str) -> None:
+    batch = on(device, make_batch((40, 20), (0, 0), 6, 2, 128))
+    cache = batch.kv_cache.clone()
+    key, value = torch.randn(2, 2, 2, 128, device=device)
+    out = torch.full_like(batch.query, 7.0)
+    lse = torch.full(batch.query.shape[1::-1], 7.0, device=device)
+    ops.paged_attention(
+        batch.query,
+        cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.key_frame,
+        batch.scale,
+        True,
+        out,
+        lse,
+        key=key,
+        value=value,
+        slot_mapping=torch.full((2,), -1, device=device),
+    )
+    assert torch.equal(cache, batch.kv_cache)
+    assert (out == 7).all() and (lse == 7).all()
+
+
 def test_arguments_come_together() -> None:
     arguments = attention_arguments()
     new = store_arguments()

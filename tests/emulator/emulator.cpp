@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 namespace emulator {
@@ -43,6 +44,8 @@ jmp_buf scheduler;
 int current;
 const std::function<void()>* body;
 int64_t blocks_run = 0;
+std::function<void()> previous;  // the launch that has not run yet, if there is one
+Meeting previous_ends;
 
 void wait(const Meeting& meeting) {
   Fiber& fiber = fibers[current];
@@ -85,6 +88,26 @@ bool pass(int threads, bool backwards) {
   return any;
 }
 
+// Run the launch before, while the fibers of this one stay where they are.
+void run_previous() {
+  const std::vector<uint8_t> saved(shared, shared + sizeof shared);
+  std::vector<Fiber> own_fibers;
+  std::vector<Warp> own_warps;
+  own_fibers.swap(fibers), own_warps.swap(warps);
+  const auto own = std::tuple(block, body, blockIdx);
+  finish();
+  std::tie(block, body, blockIdx) = own;
+  own_fibers.swap(fibers), own_warps.swap(warps);
+  std::copy(saved.begin(), saved.end(), shared);
+  previous_ends.begin_round();
+}
+
+bool any_awaits_previous(int threads) {
+  return std::any_of(fibers.begin(), fibers.begin() + threads, [](const Fiber& fiber) {
+    return !fiber.done && fiber.waits_for == &previous_ends;
+  });
+}
+
 void run_block(int threads) {
   std::memset(shared, 0xff, sizeof shared);
   warps.assign(threads / kWarp, {});
@@ -99,8 +122,11 @@ void run_block(int threads) {
     fiber.start.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  for (bool backwards = false; pass(threads, backwards); backwards = !backwards) {
-  }
+  bool backwards = false;
+  do {
+    for (; pass(threads, backwards); backwards = !backwards) {
+    }
+  } while (previous && any_awaits_previous(threads) && (run_previous(), true));
   if (block.expected > 0) throw std::runtime_error("emulator: threads wait for ever");
 }
 
@@ -129,6 +155,16 @@ void synchronize() {
 
 uint8_t* shared_memory() { return shared; }
 
+void await_previous() {
+  if (previous) wait(previous_ends);
+}
+
+void finish() {
+  if (previous) std::exchange(previous, nullptr)();
+}
+
+namespace {
+
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {
   if (threads % kWarp || threads > kMostThreads) throw std::runtime_error("emulator: block size");
   if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
@@ -142,6 +178,18 @@ void run(dim3 grid, int threads, const std::function<void()>& kernel) {
         ++blocks_run;
       }
     }
+  }
+}
+
+}  // namespace
+
+void launch(dim3 grid, int threads, std::function<void()> kernel, bool overlaps) {
+  if (overlaps) {
+    run(grid, threads, kernel);
+    if (previous) throw std::runtime_error("emulator: a launch did not await what it overlaps");
+  } else {
+    finish();
+    previous = [=] { run(grid, threads, kernel); };
   }
 }
 

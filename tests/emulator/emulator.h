@@ -1,7 +1,7 @@
 // CUDA's words for kernels, on a CPU: every thread of a block is a fiber, and where a warp or a
 // block meets, fibers wait for each other. Included before every file of csrc/cuda.
 //
-// What it does not have: the device's order of float16 products, races, timing.
+// What it does not have: the device's order of float16 products, races within a launch, timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,8 +39,12 @@ const WarpWords& exchange(const Words& words);
 void synchronize();
 // Dynamic shared memory of the block; poisoned before it runs.
 uint8_t* shared_memory();
-// Run a kernel, one block after the other.
-void run(dim3 grid, int threads, const std::function<void()>& kernel);
+// Run a kernel, one block after the other: like all launches as late as may be, which is before the
+// next one or finish(). One that overlaps runs at once, and the one before it when all threads of a
+// block that are not done wait in await_previous().
+void launch(dim3 grid, int threads, std::function<void()> kernel, bool overlaps);
+void await_previous();
+void finish();
 
 inline int lane() { return threadIdx.x & 31; }
 

@@ -20,6 +20,7 @@ void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tens
            std::optional<Tensor> unit_map) {
   cuda::store(store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map),
               nullptr);
+  emulator::finish();
 }
 
 void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_table,
@@ -43,6 +44,7 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
   const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
   cuda::paged_attention(p, plan, {partial_out.data(), partial_lse.data(), num_rows, tickets.data()},
                         stored ? &*stored : nullptr, nullptr);
+  emulator::finish();
   for (const uint32_t ticket : tickets) STD_TORCH_CHECK(ticket == 0, "a ticket is left");
 }
 
@@ -52,6 +54,7 @@ void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor&
   cuda::dequantize(dequantize_params(kv_cache, block_table, seq_starts, cu_seq_lens, key_frame,
                                      key_out, value_out, recent, unit_map),
                    key_out.size(0), nullptr);
+  emulator::finish();
 }
 
 void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
@@ -60,6 +63,7 @@ void assign_recent(const Tensor& block_table, const Tensor& seq_lens, const Tens
   cuda::assign_recent(assign_params(block_table, seq_lens, query_start_loc, block_size,
                                     window_units, step, unit_map, places, clock),
                       nullptr);
+  emulator::finish();
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ namespace tq::cuda {
 
 template <typename Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int, cudaStream_t, const Params& params,
-            bool = false) {
-  emulator::run(grid, threads, [&] { kernel(params); });
+            bool overlaps = false) {
+  emulator::launch(grid, threads, [=] { kernel(params); }, overlaps);
 }
 
 template <typename Params>

@@ -15,7 +15,7 @@ inline void cp_async_commit() {}
 template <int kPending>
 inline void cp_async_wait() {}
 inline void begin_next() {}
-inline void await_previous() {}
+inline void await_previous() { emulator::await_previous(); }
 inline void prefetch_l2(const void*) {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
