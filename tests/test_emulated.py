@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: emulated on the CPU, they pass the tests of the CPU kernels.
 
-What this does not show: races, but for those of a launch with the one that it overlaps, the order of
-the tensor cores' additions, what the compiler makes of the code, and anything about speed.
+What this does not show: races, but for those of a launch with the one that it overlaps, the order
+of the tensor cores' additions, what the compiler makes of the code, and anything about speed.
 """
 
 from __future__ import annotations

@@ -202,6 +202,19 @@ def test_times_to_the_first_token_by_turns() -> None:
             assert turns == pytest.approx(row["ttft_ms_by_turn"], abs=0.051)
 
 
+def test_lm_eval() -> None:
+    rows = read("lm_eval_cpu")["rows"]
+    auto, ours, codes = (
+        rows[name] for name in ("auto", "turboquant3", "turboquant3, exact_prefill false")
+    )
+    needles = [row["turboquant_needle"]["exact_match"] for row in (auto, ours, codes)]
+    words = [row["turboquant_perplexity"]["word_perplexity"] for row in (auto, ours, codes)]
+    text = " ".join(README.split("`make lm-eval` runs")[1].split("## Code map")[0].split())
+    assert f"needles {needles[0]:.2f} with `auto` and {needles[1]:.2f} with `turboquant3`" in text
+    assert f"word perplexity {words[0]:.1f} and {words[1]:.1f};" in text
+    assert f"{needles[2]:.2f} and {words[2]:.1f}." in text
+
+
 def test_at_a_glance() -> None:
     """The few numbers at the top are those of the tables below."""
     glance = README.split("At a glance")[1].split("From a fresh clone")[0]
