@@ -218,6 +218,8 @@ def measure(
         log: File to which the client's output is appended.
         client: Runs the client.
     """
+    if server.process.poll() is not None:
+        return {"error": "vllm serve has ended"}
     _, max_tokens = served_model(server.url)
     clients = workload.clients(fit)
     if workload.request_tokens > max_tokens:

@@ -200,6 +200,18 @@ def test_engines_are_measured_by_turns_back_and_forth(record: Record) -> None:
     assert [workloads for *_, workloads in engines] == [[SHORT], [SHORT, by_turns], [SHORT]]
 
 
+def test_an_engine_that_ends_does_not_end_the_turns_of_others(record: Record) -> None:
+    by_turns = Workload("ttft", 32, 1, 1, 5, turns=2)
+    engines = [
+        (FakeServer(exit_code=1), "auto", [by_turns]),
+        (FakeServer(), "turboquant3", [by_turns]),
+    ]
+    run_by_turns(engines, record, FakeClient(FIGURES, FIGURES))
+    rows = {row["kv_cache_dtype"]: row for row in on_disk(record)["rows"]}
+    assert rows["auto"]["error"] == "vllm serve has ended"
+    assert rows["turboquant3"]["ttft_ms_by_turn"] == [10.0, 10.0]
+
+
 def test_an_engine_alone_is_measured_as_often(record: Record) -> None:
     by_turns = Workload("ttft", 32, 1, 1, 5, turns=2)
     run_engine(FakeServer(), "auto", [by_turns], record, FakeClient(FIGURES, FIGURES))
