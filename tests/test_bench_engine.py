@@ -12,6 +12,7 @@ from typing import Any
 
 import bench_engine
 import pytest
+import requests
 from bench_engine import Record, last_error, run_by_turns, run_engine, started
 from engine_workloads import QUICK, SETS, Workload
 from rich.console import Console
@@ -210,6 +211,25 @@ def test_an_engine_that_ends_does_not_end_the_turns_of_others(record: Record) ->
     rows = {row["kv_cache_dtype"]: row for row in on_disk(record)["rows"]}
     assert rows["auto"]["error"] == "vllm serve has ended"
     assert rows["turboquant3"]["ttft_ms_by_turn"] == [10.0, 10.0]
+
+
+def test_prefill_time_is_that_of_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vllm:request_prefill_time_seconds"
+    lines = [f"# TYPE {name} histogram"]
+    for engine, (seconds, count) in enumerate(((1.5, 2), (2.0, 3))):
+        labels = f'{{engine="{engine}",model_name="m"}}'
+        lines += [f"{name}_count{labels} {count}.0", f"{name}_sum{labels} {seconds}"]
+    server = Server(Path("m"), "auto", [])
+    answer = SimpleNamespace(text="\n".join(lines) + "\n")
+    monkeypatch.setattr(server._http, "get", lambda *_, **__: answer)
+    assert server.prefill_time() == (3.5, 5)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise requests.ConnectionError("gone")
+
+    monkeypatch.setattr(server._http, "get", refuse)
+    with pytest.raises(ServerError, match="/metrics does not answer"):
+        server.prefill_time()
 
 
 def test_an_engine_alone_is_measured_as_often(record: Record) -> None:

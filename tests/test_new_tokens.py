@@ -13,7 +13,7 @@ from tests.test_ops import attention_arguments, store_arguments
 from tests.test_recent import DEVICES, RecentBatch, on, with_copies
 from tests.vectors import seeded
 from vllm_turboquant import ops
-from vllm_turboquant.testing import make_batch
+from vllm_turboquant.testing import PagedBatch, make_batch
 
 #: Decode steps that follow each other before anyone waits for the device.
 NUM_STEPS = 12
@@ -25,6 +25,17 @@ BATCHES = {
     "many": (48, 17, 300, 1) * 20,
 }
 SHAPES = [(6, 2, 128), (9, 3, 64), (4, 2, 256)]
+
+
+def attend(
+    batch: PagedBatch, query: Tensor, fill: float, *options: object
+) -> tuple[Tensor, Tensor]:
+    """Output and lse, where they are written; ``options`` as the operator has them after these."""
+    out = torch.full_like(query, fill)
+    lse = torch.full(query.shape[1::-1], fill, device=out.device)
+    rest = (batch.block_table, batch.seq_lens, batch.query_start_loc, batch.key_frame, batch.scale)
+    ops.paged_attention(query, batch.kv_cache, *rest, True, out, lse, None, None, *options)
+    return out, lse
 
 
 class Steps:
@@ -56,29 +67,10 @@ class Steps:
         """Output and lse of one step, of which nobody knows when it is done."""
         case, batch = self.case, self.case.batch
         copies = (case.recent, case.unit_map) if case.window_units else (None, None)
-        out = torch.full_like(self.query, torch.nan)
-        lse = torch.full(self.query.shape[1::-1], torch.nan, device=out.device)
         if not at_once:
             ops.store(key, value, batch.key_frame, batch.kv_cache, self.slot_mapping, *copies)
-        ops.paged_attention(
-            self.query,
-            batch.kv_cache,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            batch.key_frame,
-            batch.scale,
-            True,
-            out,
-            lse,
-            None,
-            None,
-            *copies,
-            case.window_units,
-            0,
-            *((key, value, self.slot_mapping) if at_once else ()),
-        )
-        return out, lse
+        new = (key, value, self.slot_mapping) if at_once else ()
+        return attend(batch, self.query, torch.nan, *copies, case.window_units, 0, *new)
 
 
 def make_steps(
@@ -161,26 +153,11 @@ def test_graph_replay(name: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_but_padding(device: str) -> None:
     batch = on(device, make_batch((40, 20), (0, 0), 6, 2, 128))
-    cache = batch.kv_cache.clone()
+    before = batch.kv_cache.clone()
     key, value = torch.randn(2, 2, 2, 128, device=device)
-    out = torch.full_like(batch.query, 7.0)
-    lse = torch.full(batch.query.shape[1::-1], 7.0, device=device)
-    ops.paged_attention(
-        batch.query,
-        cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        batch.key_frame,
-        batch.scale,
-        True,
-        out,
-        lse,
-        key=key,
-        value=value,
-        slot_mapping=torch.full((2,), -1, device=device),
-    )
-    assert torch.equal(cache, batch.kv_cache)
+    slots = torch.full((2,), -1, device=device)
+    out, lse = attend(batch, batch.query, 7.0, None, None, 0, 0, key, value, slots)
+    assert torch.equal(before, batch.kv_cache)
     assert (out == 7).all() and (lse == 7).all()
 
 
