@@ -23,6 +23,7 @@ BATCHES = {
     "one long": (5000,),  # a GPU has room for its store and its splits at once
     "a few": (700, 33, 0, 16, 160),
     "many": (48, 17, 300, 1) * 20,
+    "shared": (97, 96),
 }
 SHAPES = [(6, 2, 128), (9, 3, 64), (4, 2, 256)]
 
@@ -118,6 +119,28 @@ def test_store_comes_first(
         (a != b).any() for a, b in zip(apart.results[:-2:2], apart.results[2::2], strict=True)
     ]
     assert all(changes), "every step must attend to what it stored"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window_units", [0, 3], ids=["codes", "copies"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_new_may_be_shared(
+    shape: tuple[int, int, int], window_units: int, device: str
+) -> None:
+    """A request that joins in a step shares a block that another one completes in it."""
+    joins, completes = BATCHES["shared"]
+    make, new = make_steps("shared", shape, window_units, device)
+    together, apart = make(), make()
+    for steps, at_once in ((together, True), (apart, False)):
+        batch = steps.case.batch
+        batch.block_table[0, : completes // 16] = batch.block_table[1, : completes // 16]
+        # The window of the one begins a unit after that of the other, whose codes are poisoned.
+        slots = batch.slot_mapping[joins + completes - 48 :][:16]
+        key, value = torch.ones(2, 16, *shape[1:], device=device)
+        ops.store(key, value, batch.key_frame, batch.kv_cache, slots)
+        for key, value in new:
+            steps.results += steps.run(key, value, at_once=at_once)
+    check_equal(together, apart)
 
 
 @pytest.mark.gpu

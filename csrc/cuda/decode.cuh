@@ -9,8 +9,8 @@
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
 // Where the request's window has 8-bit copies (reference_recent.py), the CTA with its last tokens
 // reads these, after its batches; their codes get no weight.
-// May begin while store writes the newest tokens (decode.cu); nothing of the cache or the copies is
-// read before await_previous().
+// May begin while store writes the newest tokens (decode.cu): a warp reads what is older at once, and
+// calls await_previous() before it comes to what is new.
 // Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
 // codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
 // The order of additions is fixed, so equal inputs give equal bits.
@@ -30,10 +30,18 @@
 
 namespace tq::cuda {
 
+// Tokens of a request that were stored in earlier steps, surely. One that joins in this step may
+// share a block that another request completes in it; it then begins with a block, and so a unit.
+__device__ inline int stored_before(int seq_len, int query_len) {
+  const int begin = seq_len - query_len;
+  return begin % kUnitTokens == 0 ? 0 : begin;
+}
+
 // What this lane's rows, 4 i + t, see of a request's tokens.
 template <typename Traits>
 struct Sight {
   int seq_len;                   // tokens that the request has
+  int stored;                    // of these, in the cache and the copies before this step's store
   int all_begin, all_end;        // those that all rows see by their codes
   int below[Traits::kKeyTiles];  // as AttentionParams::sees_below
   int sliding_window;
@@ -41,7 +49,10 @@ struct Sight {
   const int32_t* mapped;  // units from there on, as in Copies::unit_map
 
   __device__ Sight(const AttentionParams& a, const RowRange& rows, int req, const int32_t* mapped_)
-      : seq_len(a.seq_lens[req]), sliding_window(a.sliding_window), mapped(mapped_) {
+      : seq_len(a.seq_lens[req]),
+        stored(stored_before(seq_len, rows.query_len)),
+        sliding_window(a.sliding_window),
+        mapped(mapped_) {
     window = a.copies.data ? first_window_unit(seq_len, a.copies.window_units) * Traits::kUnitTokens
                            : INT_MAX;
     all_begin = 0, all_end = min(seq_len, window);
@@ -75,6 +86,11 @@ struct Sight {
   __device__ bool is_copied(int first_token) const {
     const int count = min(max(seq_len - first_token, 0), Traits::kUnitTokens);
     return (~unit(first_token) & ((1 << count) - 1)) == 0;
+  }
+
+  // Before unit i of the window is read from copies.
+  __device__ void await_copies(int i) const {
+    if (window + (i + 1) * Traits::kUnitTokens > stored) await_previous();
   }
 
   // Leave of a unit's tokens those that rows see and that have a copy, or have none.
@@ -164,6 +180,7 @@ __device__ inline void fetch_copies(const AttentionParams& a, int kv_head,
   if (i >= min(a.copies.window_units, Traits::kCopyBuffers)) return;
   const int32_t mapped = sight.mapped[i];
   if ((mapped & 0xffff) == 0) return;
+  sight.await_copies(i);
   const uint8_t* copies = a.copies.unit(mapped, kv_head);
   const uint32_t buffer = shared_address(buffers + i * Traits::kCopyBytes);
   for (int at = (threadIdx.x & 31) * 16; at < Traits::kCopyBytes; at += 32 * 16) {
@@ -181,6 +198,7 @@ __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
   for (int i = first_copied_unit<Traits>(); i < a.copies.window_units; i += Traits::kWarps) {
     const int32_t mapped = sight.mapped[i];
     if ((mapped & 0xffff) == 0) continue;
+    sight.await_copies(i);
     const uint8_t* copies = i < Traits::kCopyBuffers ? buffers + i * Traits::kCopyBytes
                                                      : a.copies.unit(mapped, kv_head);
     UnitScores<Traits> units[1];
@@ -229,7 +247,8 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   LoadedQuery<Traits> loaded;
   if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
   uint8_t* ring = shared->ring[warp];
-  DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, shared->stream, ring);
+  DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, sight.stored,
+                              shared->stream, ring);
   const bool has_window = warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window;
   WindowUnits<Traits> window(p, req, has_window);
   stream.look_up();
@@ -237,7 +256,6 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   __syncthreads();
   stream.locate();
   window.look_up();
-  await_previous();  // it writes the cache and the copies, and nothing that was read so far
   stream.fetch(0, 0);
   if (has_window) window.share(rows.kv_head, reads_copies, shared->window);
   for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {

@@ -37,7 +37,8 @@ __device__ inline void prepare_stream(const AttentionParams& p, typename Traits:
   }
 }
 
-// Batches first, first + kWarps, ... below end. Warps do not wait for each other.
+// Batches first, first + kWarps, ... below end. Warps do not wait for each other, nor for store
+// before they come to tokens from `stored` on; see Sight.
 template <typename Traits>
 class DecodeStream {
  public:
@@ -45,13 +46,14 @@ class DecodeStream {
       32 / Traits::kBatchUnits;  // batches whose blocks are found at once
 
   __device__ DecodeStream(const DecodeParams& p, int req, int kv_head, int first, int end,
-                          const typename Traits::Stream& shared, uint8_t* ring)
+                          int stored, const typename Traits::Stream& shared, uint8_t* ring)
       : p_(p.attention),
         units_per_block_(p.units_per_block),
         req_(req),
         kv_head_(kv_head),
         first_(first),
         end_(end),
+        stored_(stored),
         shared_(shared),
         ring_(shared_address(ring) + (threadIdx.x & 31) * 16) {}
 
@@ -75,6 +77,7 @@ class DecodeStream {
   __device__ void fetch(int n, int slot) {
     if (n < num_batches()) {
       if (n > 0 && n % kLookUp == 0) look_up(n), locate();
+      if (token(n) + Traits::kBatchTokens > stored_) await_previous();
       copy(n % kLookUp, slot);
     }
     cp_async_commit();  // one group for every call, so that the waiter can count them
@@ -124,7 +127,7 @@ class DecodeStream {
 
   const AttentionParams& p_;
   const Divisor& units_per_block_;
-  const int req_, kv_head_, first_, end_;
+  const int req_, kv_head_, first_, end_, stored_;
   const typename Traits::Stream& shared_;
   const uint32_t ring_;              // this lane's first piece of slot 0
   int block_ = kNone;                // of this lane's unit
