@@ -32,6 +32,8 @@ from typing import ClassVar
 MAX_GROUP = 128
 MAX_HEAD_DIM = 512
 UNIT_TOKENS = 16
+#: Positions that share a center of keys, in frames that have several; see ``frame.py``.
+SPAN_TOKENS = 512
 BLOCK_SIZE_MULTIPLE = UNIT_TOKENS
 SUPPORTED_HEAD_DIMS = "64, 128, 256, 384, 512"
 

@@ -60,6 +60,7 @@ def store(
     slot_mapping: Tensor,
     recent: Tensor | None = None,
     unit_map: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Compress keys and values into their slots; see ``reference.store``.
 
@@ -67,18 +68,22 @@ def store(
         key: [>= num_tokens, num_kv_heads, head_dim] float32 | float16 | bfloat16, last axis
             contiguous.
         value: As ``key``.
-        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32; see ``frame.make_frame``.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
             contiguous.
         slot_mapping: [num_tokens] int64; negative slots are skipped.
         recent: [num_places, num_kv_heads, unit_bytes] uint8, where tokens whose unit has a place
             are also kept in 8 bits; see ``reference_recent.store_copies``.
         unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
+        positions: [num_tokens] int64, which token of its request each is, by which the center of
+            its span is chosen; None where the frame has no spans.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
     """
-    torch.ops.turboquant.store(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map)
+    torch.ops.turboquant.store(
+        key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions
+    )
 
 
 def paged_attention(
@@ -101,6 +106,7 @@ def paged_attention(
     key: Tensor | None = None,
     value: Tensor | None = None,
     slot_mapping: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Store new tokens, if any are given, and attend to cached ones; see ``reference.attention``.
 
@@ -114,7 +120,7 @@ def paged_attention(
             of blocks that no row sees, which must exist, nothing enters the result.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
-        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32; see ``frame.make_frame``.
         scale: Softmax scale.
         causal: Whether the last query row of a request sees all its tokens, the one before it one
             less; otherwise, every row sees all, as if it came after them.
@@ -132,8 +138,11 @@ def paged_attention(
         sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit. See
             ``reference.visible_tokens``.
         key: Of tokens to store first. This and the next two are as in ``store``, given together.
+            Tokens of a request may be in blocks that another one reads, too, if the new tokens of
+            that one begin at a multiple of 16: they do where it joins in this step.
         value: As ``key``.
         slot_mapping: Where to.
+        positions: As in ``store``.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype or stride; the message names it.
@@ -158,6 +167,7 @@ def paged_attention(
         key,
         value,
         slot_mapping,
+        positions,
     )
 
 
@@ -192,7 +202,7 @@ def dequantize(
         block_table: [num_reqs, max_blocks] int32.
         seq_starts: [num_reqs] int32.
         cu_seq_lens: [num_reqs + 1] int32.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         key_out: [>= cu_seq_lens[-1], num_kv_heads, head_dim] float32 | float16 | bfloat16.
         value_out: As ``key_out``.
         recent: [num_places, num_kv_heads, unit_bytes] uint8, 8-bit copies that are read instead of
@@ -264,6 +274,7 @@ def _store_fake(
     slot_mapping: Tensor,
     recent: Tensor | None = None,
     unit_map: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 
@@ -289,6 +300,7 @@ def _paged_attention_fake(
     key: Tensor | None = None,
     value: Tensor | None = None,
     slot_mapping: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Writes in place, returns nothing."""
 

@@ -3,7 +3,8 @@
 Per group of d coordinates (H the orthonormal Hadamard matrix; D1, D2, D3 fixed +-1 diagonals; C the
 2-bit codebook; center c, sink e and balance B, a diagonal, make up the frame of the KV head):
 
-    key    o = c or e, whichever makes |B (k - o)| smaller; c if they are equal
+    key    o = c or e, whichever makes |B (k - o)| smaller; c if they are equal. Where the frame has
+           centers of spans, c is that of the key's position
            x = B (k - o),    u = sqrt(d) H D1 x / |x|     rotate, normalize
            i = argmin_j |u - C[j]|,    r = u - C[i]       2-bit Lloyd-Max index
            s = sign(H D2 r),    u^ = C[i] + rho (H D2)^T s    1-bit QJL of the residual
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant.codebook import Codebook, solve_codebook
-from vllm_turboquant.frame import BALANCE, CENTER, SINK
+from vllm_turboquant.frame import BALANCE, SINK, near_origins
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.rotation import ROTATION, Rotation, hadamard
 
@@ -93,15 +94,21 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def encode_keys(
-    key: Tensor, key_frame: Tensor, layout: SlotLayout, rotation: Rotation = ROTATION
+    key: Tensor,
+    key_frame: Tensor,
+    layout: SlotLayout,
+    rotation: Rotation = ROTATION,
+    positions: Tensor | None = None,
 ) -> KeyCode:
     """Code post-RoPE keys as 2-bit indices, 1-bit residual signs and one float16 scale per group.
 
     Args:
         key: [..., num_kv_heads, head_dim], any floating dtype.
-        key_frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32; see ``frame.make_frame``.
         layout: Fixes head_dim and the group.
         rotation: The format's own unless averaging over rotations.
+        positions: [num_tokens] integer, where ``key`` is [num_tokens, num_kv_heads, head_dim]; None
+            where the frame has no spans.
 
     Returns:
         KeyCode with the leading axes of ``key``.
@@ -112,19 +119,50 @@ def encode_keys(
     book = codebook(layout)
     root = _root(layout)
     rho = torch.tensor(book.qjl_scale, dtype=torch.float64)
-    near, far = (
-        _split((key.float() - key_frame[:, origin]) * key_frame[:, BALANCE], layout)
-        for origin in (CENTER, SINK)
-    )
-    at_sink = tree_sum(far * far) < tree_sum(near * near)
-    x = torch.where(at_sink, far, near)
+    x, at_sink = in_frame(key, key_frame, layout, positions)
     norm, u, index, centroid = _quantize(x, rotation.key[: layout.group], book)
     residual_signs = rotation.residual[: layout.group]
     sign = hadamard(residual_signs * (u - centroid)) >= 0
     projected = hadamard(residual_signs * u)  # sqrt(d) H D2 u
     agreement = tree_sum(torch.where(sign, projected, -projected))
     overlap = tree_sum(u * centroid) + (rho / layout.group**0.5).float() * agreement  # <u, u^>
-    return KeyCode(_join(index), _join(sign), _scale(norm * root, overlap), at_sink[..., 0])
+    return KeyCode(_join(index), _join(sign), _scale(norm * root, overlap), at_sink)
+
+
+def in_frame(
+    key: Tensor, key_frame: Tensor, layout: SlotLayout, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys as seen from their origins.
+
+    Returns:
+        x [..., num_groups, group] float32 and whether it is seen from the sink [..., num_groups].
+    """
+    near, far = (
+        _split((key.float() - origin) * key_frame[:, BALANCE], layout)
+        for origin in (near_origins(key_frame, positions), key_frame[:, SINK])
+    )
+    at_sink = tree_sum(far * far) < tree_sum(near * near)
+    return torch.where(at_sink, far, near), at_sink[..., 0]
+
+
+def out_of_frame(
+    x: Tensor, at_sink: Tensor, key_frame: Tensor, layout: SlotLayout, positions: Tensor | None
+) -> Tensor:
+    """Undo ``in_frame``; in the dtype of ``x``.
+
+    Returns:
+        [..., num_kv_heads, head_dim].
+    """
+    key_frame = key_frame.to(x.dtype)
+    near, sink, balance = (
+        _split(part, layout)
+        for part in (
+            near_origins(key_frame, positions),
+            key_frame[:, SINK],
+            key_frame[:, BALANCE],
+        )
+    )
+    return _join(x / balance + torch.where(at_sink[..., None], sink, near))
 
 
 def encode_values(value: Tensor, layout: SlotLayout, rotation: Rotation = ROTATION) -> ValueCode:
@@ -169,8 +207,9 @@ def decode_keys(
     layout: SlotLayout,
     rotation: Rotation = ROTATION,
     dtype: torch.dtype = torch.float64,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """Reconstruct keys.
+    """Reconstruct keys; ``positions`` as in ``encode_keys``.
 
     Returns:
         [..., num_kv_heads, head_dim] in ``dtype``.
@@ -180,8 +219,7 @@ def decode_keys(
     sign = _split(code.sign, layout).to(dtype) * 2 - 1
     u = _centroids(code.index, layout, dtype) + codebook(layout).qjl_scale * d2 * _orthonormal(sign)
     x = code.scale.to(dtype)[..., None] * d1 * _orthonormal(u)
-    center, sink, balance = (_split(part, layout) for part in key_frame.to(dtype).unbind(dim=1))
-    return _join(x / balance + torch.where(code.at_sink[..., None], sink, center))
+    return out_of_frame(x, code.at_sink, key_frame, layout, positions)
 
 
 def decode_values(
@@ -201,7 +239,12 @@ def decode_values(
 
 
 def store(
-    key: Tensor, value: Tensor, key_frame: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_frame: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor | None = None,
 ) -> None:
     """Encode tokens and write their slots in place.
 
@@ -209,17 +252,20 @@ def store(
         key: [>= num_tokens, num_kv_heads, head_dim], any floating dtype; rows past num_tokens are
             ignored.
         value: As ``key``.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         slot_mapping: [num_tokens] int64, block * block_size + offset in block; negative ones are
             skipped.
+        positions: [num_tokens] int64, which token of its request each is; None where the frame has
+            no spans.
     """
     layout = SlotLayout(key.shape[-1])
     block_size = kv_cache.shape[2]
     kept = (slot_mapping >= 0).nonzero()[:, 0]
     slots = slot_mapping[kept]
     block, offset = slots // block_size, slots % block_size
-    key_code = encode_keys(key[kept], key_frame, layout)
+    at = None if positions is None else positions[kept]
+    key_code = encode_keys(key[kept], key_frame, layout, positions=at)
     value_code = encode_values(value[kept], layout)
     arrays = block_arrays(kv_cache, layout)
     arrays["key_index"][block, :, offset] = pack_bits(key_code.index, 2)
@@ -338,7 +384,7 @@ def attention(
             nor those of blocks that no row sees.
         seq_lens: [num_reqs] integer, cached tokens to attend to; 0 is allowed.
         query_start_loc: [num_reqs + 1] integer, first query row of each request.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         scale: Softmax scale.
         causal: The last query row of a request sees all its seq_len tokens, the one before it one
             token less, and so on; otherwise every row sees all.
@@ -367,7 +413,8 @@ def attention(
             continue
         begin = first_visible(visible)
         key, value = load(kv_cache, block_table[req], seq_len, layout, begin)
-        scores = scale * score_codes(grouped[first:last], key, key_frame, layout)
+        positions = torch.arange(begin, seq_len)
+        scores = scale * score_codes(grouped[first:last], key, key_frame, layout, positions)
         scores = scores.masked_fill(~visible[:, None, None, begin:], -torch.inf)
         lse[first:last] = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[first:last, ..., None])
@@ -383,20 +430,27 @@ def attention(
     return out.reshape(query.shape), lse.reshape(num_tokens, num_heads).T
 
 
-def score_codes(query: Tensor, code: KeyCode, key_frame: Tensor, layout: SlotLayout) -> Tensor:
+def score_codes(
+    query: Tensor,
+    code: KeyCode,
+    key_frame: Tensor,
+    layout: SlotLayout,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Inner products of queries with coded keys, unscaled.
 
     Args:
         query: [num_tokens, num_kv_heads, group_size, head_dim]; the arithmetic is done in its
             dtype.
         code: Codes of [seq_len, num_kv_heads] keys.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
+        positions: [seq_len] integer; None where the frame has no spans.
 
     Returns:
         [num_tokens, num_kv_heads, group_size, seq_len].
     """
-    center, sink, balance = key_frame.to(query.dtype).unbind(dim=1)
-    q1, q2 = rotate_query(query / balance[:, None], layout)
+    key_frame = key_frame.to(query.dtype)
+    q1, q2 = rotate_query(query / key_frame[:, BALANCE, None], layout)
     centroid = _centroids(code.index, layout, query.dtype)
     sign = _split(code.sign, layout).to(query.dtype) * 2 - 1
     per_group = torch.einsum("qhrgd,thgd->qhrgt", _split(q1, layout), centroid)
@@ -404,11 +458,14 @@ def score_codes(query: Tensor, code: KeyCode, key_frame: Tensor, layout: SlotLay
         "qhrgd,thgd->qhrgt", _split(q2, layout), sign
     )
     per_group *= code.scale.to(query.dtype).permute(1, 2, 0)[None, :, None]
-    at_center, at_sink = (
-        torch.einsum("qhrgd,hgd->qhrg", _split(query, layout), _split(origin, layout))[..., None]
-        for origin in (center, sink)
+    near, at_sink = (
+        torch.einsum("qhrgd,thgd->qhrgt", _split(query, layout), _split(origins, layout))
+        for origins in (
+            near_origins(key_frame, positions).expand(*code.index.shape),
+            key_frame[None, :, SINK],
+        )
     )
-    per_group += torch.where(code.at_sink.permute(1, 2, 0)[None, :, None], at_sink, at_center)
+    per_group += torch.where(code.at_sink.permute(1, 2, 0)[None, :, None], at_sink, near)
     return per_group.sum(dim=-2)
 
 

@@ -35,7 +35,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vllm_turboquant.frame import BALANCE, CENTER, SINK
 from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
 from vllm_turboquant.reference import (
     _join,
@@ -45,8 +44,9 @@ from vllm_turboquant.reference import (
     decode_keys,
     decode_values,
     first_visible,
+    in_frame,
     load,
-    tree_sum,
+    out_of_frame,
     visible_tokens,
 )
 from vllm_turboquant.rotation import ROTATION, hadamard
@@ -133,16 +133,18 @@ def store_copies(
     recent: Tensor,
     unit_map: Tensor,
     slot_mapping: Tensor,
+    positions: Tensor | None = None,
 ) -> None:
     """Write the copies of tokens whose unit has a place.
 
     Args:
         key: [>= num_tokens, num_kv_heads, head_dim], any floating dtype.
         value: As ``key``.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         recent: [num_places, num_kv_heads, unit_bytes] uint8; see ``layout.SlotLayout``.
         unit_map: [num_units] int32, of this step.
         slot_mapping: [num_tokens] int64; negative ones are skipped.
+        positions: [num_tokens] int64; None where the frame has no spans.
     """
     layout = SlotLayout(key.shape[-1])
     kept = (slot_mapping >= 0).nonzero()[:, 0]
@@ -150,18 +152,15 @@ def store_copies(
     unit, offset = slot_mapping[kept] // UNIT_TOKENS, slot_mapping[kept] % UNIT_TOKENS
     place = ((unit_map[unit] >> 16) - 1).long()
     arrays = recent_arrays(recent, layout)
-    near, far = (
-        _split((key[kept].float() - key_frame[:, origin]) * key_frame[:, BALANCE], layout)
-        for origin in (CENTER, SINK)
-    )
-    at_sink = tree_sum(far * far) < tree_sum(near * near)
+    at = None if positions is None else positions[kept]
+    from_origin, at_sink = in_frame(key[kept], key_frame, layout, at)
     for name, x, signs in (
-        ("key", torch.where(at_sink, far, near), ROTATION.key),
+        ("key", from_origin, ROTATION.key),
         ("value", _split(value[kept].float(), layout), ROTATION.value),
     ):
         code, scale = quantize(x, signs[: layout.group], layout)
         if name == "key":
-            scale = scale.copysign(torch.where(at_sink[..., 0], -1.0, 1.0).half())
+            scale = scale.copysign(torch.where(at_sink, -1.0, 1.0).half())
         arrays[name][place, :, offset] = _join(code)
         arrays[f"{name}_scale"][place, :, :, offset] = scale
 
@@ -251,7 +250,7 @@ def read(
 
     Args:
         kv_cache: As for ``reference.load``, as are ``block_table`` and ``seq_len``.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         recent: [num_places, num_kv_heads, unit_bytes] uint8.
         unit_map: [num_units] int32.
         window_units: Units of the window; None for all, as ``ops.dequantize`` reads.
@@ -262,10 +261,10 @@ def read(
     """
     layout = SlotLayout(key_frame.shape[-1])
     key_code, value_code = load(kv_cache, block_table, seq_len, layout, first)
-    key, value = decode_keys(key_code, key_frame, layout), decode_values(value_code, layout)
+    key = decode_keys(key_code, key_frame, layout, positions=torch.arange(first, seq_len))
+    value = decode_values(value_code, layout)
     units = _units(block_table, seq_len, kv_cache.shape[2])
     arrays = recent_arrays(recent, layout)
-    center, sink, balance = (_split(part, layout) for part in key_frame.double().unbind(dim=1))
     first_of_window = 0 if window_units is None else max(0, len(units) - window_units)
     for i in range(max(first_of_window, first // UNIT_TOKENS), len(units)):
         mapped = int(unit_map[units[i]])
@@ -284,7 +283,7 @@ def read(
             y = _split(code.double(), layout) * scales.abs()[..., None]
             parts[name] = signs[: layout.group].double() * _orthonormal(y), scales.signbit()
         x, at_sink = parts["key"]
-        key[rows] = _join(x / balance + torch.where(at_sink[..., None], sink, center))
+        key[rows] = out_of_frame(x, at_sink, key_frame, layout, rows + first)
         value[rows] = _join(parts["value"][0])
     return key, value
 

@@ -11,7 +11,8 @@ namespace tq {
 
 inline constexpr int kMaxGroup = 128;
 inline constexpr int kMaxHeadDim = 512;
-inline constexpr int kUnitTokens = 16;  // that every kernel decodes at once
+inline constexpr int kUnitTokens = 16;   // that every kernel decodes at once
+inline constexpr int kSpanTokens = 512;  // positions that share a center of keys
 inline constexpr int kBlockSizeMultiple = kUnitTokens;
 inline constexpr int kIndexBits = 2;
 inline constexpr int kSignBits = 1;
@@ -71,6 +72,7 @@ struct SlotLayout {
   }
 };
 
+static_assert(kSpanTokens % kUnitTokens == 0, "a unit's keys share their center");
 static_assert(SlotLayout{128}.slot_bytes() == 84 && SlotLayout{64}.slot_bytes() == 44,
               "the sizes that the format is known by");
 

@@ -43,16 +43,28 @@ struct Cache {
   }
 };
 
-// What the keys of every KV head are coded in (frame.py): [num_kv_heads, 3, head_dim] contiguous.
+// What the keys of every KV head are coded in (frame.py): [num_kv_heads, 3 + num_spans, head_dim]
+// contiguous.
 struct KeyFrame {
   const float* data;
   int head_dim;
+  int num_spans;
 
-  TQ_HOST_DEVICE const float* center(int64_t kv_head) const {
-    return data + 3 * kv_head * head_dim;
+  TQ_HOST_DEVICE const float* center(int64_t kv_head) const { return row(kv_head, 0); }
+  TQ_HOST_DEVICE const float* sink(int64_t kv_head) const { return row(kv_head, 1); }
+  TQ_HOST_DEVICE const float* balance(int64_t kv_head) const { return row(kv_head, 2); }
+
+  // Where keys of a position, of padding any, start that do not start at the sink.
+  TQ_HOST_DEVICE const float* near(int64_t kv_head, int64_t position) const {
+    if (num_spans == 0) return center(kv_head);
+    const uint64_t span = static_cast<uint64_t>(position) / kSpanTokens;
+    return row(kv_head, 3 + (span < num_spans ? static_cast<int>(span) : num_spans - 1));
   }
-  TQ_HOST_DEVICE const float* sink(int64_t kv_head) const { return center(kv_head) + head_dim; }
-  TQ_HOST_DEVICE const float* balance(int64_t kv_head) const { return sink(kv_head) + head_dim; }
+
+ private:
+  TQ_HOST_DEVICE const float* row(int64_t kv_head, int i) const {
+    return data + (kv_head * (3 + num_spans) + i) * head_dim;
+  }
 };
 
 struct BlockTable {
@@ -91,8 +103,11 @@ struct StoreParams {
   KeyFrame key_frame;
   Cache cache;
   const int64_t* slot_mapping;  // [num_tokens], negative = skip
+  const int64_t* positions;     // [num_tokens]; null where the frame has no spans
   int64_t num_tokens;
   Copies copies;
+
+  TQ_HOST_DEVICE int64_t position(int64_t token) const { return positions ? positions[token] : 0; }
 };
 
 inline constexpr int kNoSlidingWindow = 1 << 30;  // longer than any sequence

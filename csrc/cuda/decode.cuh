@@ -9,11 +9,11 @@
 //   O^T[d x 8] += V^T[d x 16 tokens] P^T[16 x 8] in float16; a column is a query row.
 // Where the request's window has 8-bit copies (reference_recent.py), the CTA with its last tokens
 // reads these, after its batches; their codes get no weight.
-// May begin while store writes the newest tokens (decode.cu): a warp reads what is older at once, and
-// calls await_previous() before it comes to what is new.
-// Reads each slot once for up to kRows query rows. Meant to be bound by these bytes; decoding the
-// codes keeps the integer pipe about as busy: two instructions a coordinate, most of them integer.
-// The order of additions is fixed, so equal inputs give equal bits.
+// May begin while store writes the newest tokens (decode.cu): a warp reads what is older at once,
+// and calls await_previous() before it comes to what is new. Reads each slot once for up to kRows
+// query rows. Meant to be bound by these bytes; decoding the codes keeps the integer pipe about as
+// busy: two instructions a coordinate, most of them integer. The order of additions is fixed, so
+// equal inputs give equal bits.
 #pragma once
 
 #include <algorithm>
@@ -247,8 +247,8 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   LoadedQuery<Traits> loaded;
   if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
   uint8_t* ring = shared->ring[warp];
-  DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, sight.stored,
-                              shared->stream, ring);
+  DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, sight.stored, shared->stream,
+                              ring);
   const bool has_window = warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window;
   WindowUnits<Traits> window(p, req, has_window);
   stream.look_up();

@@ -129,9 +129,11 @@ inline Cache cache(const Tensor& x, int64_t head_dim) {
 
 inline KeyFrame key_frame(const Tensor& x, int64_t num_kv_heads, int64_t head_dim) {
   check_dtype("key_frame", x, ScalarType::Float);
-  check_shape("key_frame", x, {num_kv_heads, 3, head_dim});
+  check_shape("key_frame", x, {num_kv_heads, kAny, head_dim});
+  STD_TORCH_CHECK(x.size(1) >= 3, "key_frame has ", x.size(1), " rows, expected 3 or more");
   check_contiguous("key_frame", x);
-  return {static_cast<const float*>(x.data_ptr()), static_cast<int>(head_dim)};
+  return {static_cast<const float*>(x.data_ptr()), static_cast<int>(head_dim),
+          static_cast<int>(x.size(1) - 3)};
 }
 
 // Contiguous int32 [size].
@@ -140,6 +142,14 @@ inline const int32_t* int_vector(const char* name, const Tensor& x, int64_t size
   check_shape(name, x, {size});
   check_contiguous(name, x);
   return static_cast<const int32_t*>(x.data_ptr());
+}
+
+// Contiguous int64 [size].
+inline const int64_t* int64_vector(const char* name, const Tensor& x, int64_t size) {
+  check_dtype(name, x, ScalarType::Long);
+  check_shape(name, x, {size});
+  check_contiguous(name, x);
+  return static_cast<const int64_t*>(x.data_ptr());
 }
 
 inline BlockTable block_table(const Tensor& x, int64_t num_reqs) {

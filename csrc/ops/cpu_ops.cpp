@@ -27,9 +27,10 @@ void store_tokens(const StoreParams& p) {
 }
 
 void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping, std::optional<Tensor> recent,
-           std::optional<Tensor> unit_map) {
-  store_tokens(store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map));
+           const Tensor& slot_mapping, std::optional<Tensor> recent, std::optional<Tensor> unit_map,
+           std::optional<Tensor> positions) {
+  store_tokens(
+      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions));
 }
 
 void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_table,
@@ -39,7 +40,7 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
                      std::optional<Tensor> /* tickets */, std::optional<Tensor> recent,
                      std::optional<Tensor> unit_map, int64_t window_units, int64_t sliding_window,
                      std::optional<Tensor> key, std::optional<Tensor> value,
-                     std::optional<Tensor> slot_mapping) {
+                     std::optional<Tensor> slot_mapping, std::optional<Tensor> positions) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -52,7 +53,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
     STD_TORCH_CHECK(p.seq_lens[req] <= capacity, "seq_lens has ", p.seq_lens[req],
                     " tokens, block_table has room for ", capacity);
   }
-  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+  const auto stored =
+      new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions);
   if (stored) store_tokens(*stored);
   cpu::paged_attention(p, threads());
 }

@@ -55,15 +55,16 @@ cuda::DecodeShape shape_of(const AttentionParams& p, int64_t num_tokens) {
 }
 
 void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping, std::optional<Tensor> recent,
-           std::optional<Tensor> unit_map) {
+           const Tensor& slot_mapping, std::optional<Tensor> recent, std::optional<Tensor> unit_map,
+           std::optional<Tensor> positions) {
   const StoreParams p =
-      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions);
   check_aligned(p.cache);
   check_device("key", key, kv_cache);
   check_device("value", value, kv_cache);
   check_device("key_frame", key_frame, kv_cache);
   check_device("slot_mapping", slot_mapping, kv_cache);
+  if (positions) check_device("positions", *positions, kv_cache);
   check_copies(recent, unit_map, kv_cache);
   const DeviceScope scope(kv_cache);
   cuda::store(p, scope.stream());
@@ -75,7 +76,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
                      std::optional<Tensor> scratch, std::optional<Tensor> tickets,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
                      int64_t window_units, int64_t sliding_window, std::optional<Tensor> key,
-                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping) {
+                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping,
+                     std::optional<Tensor> positions) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -91,11 +93,13 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
   check_device("out", out, kv_cache);
   check_device("lse", lse, kv_cache);
   check_copies(recent, unit_map, kv_cache);
-  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+  const auto stored =
+      new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions);
   if (stored) {
     check_device("key", *key, kv_cache);
     check_device("value", *value, kv_cache);
     check_device("slot_mapping", *slot_mapping, kv_cache);
+    if (positions) check_device("positions", *positions, kv_cache);
   }
   const DeviceScope scope(kv_cache);
   if (p.num_reqs == 0 || num_tokens == 0) {

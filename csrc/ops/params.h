@@ -34,7 +34,8 @@ inline Copies copies(const std::optional<Tensor>& recent, const std::optional<Te
 inline StoreParams store_params(const Tensor& key, const Tensor& value, const Tensor& key_frame_,
                                 const Tensor& kv_cache, const Tensor& slot_mapping,
                                 const std::optional<Tensor>& recent,
-                                const std::optional<Tensor>& unit_map) {
+                                const std::optional<Tensor>& unit_map,
+                                const std::optional<Tensor>& positions) {
   check_shape("key", key, {kAny, kAny, kAny});
   const int64_t num_kv_heads = key.size(1), head_dim = key.size(2);
   StoreParams p;
@@ -43,14 +44,14 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
   p.key = rows("key", key, num_kv_heads, head_dim);
   p.value = rows("value", value, num_kv_heads, head_dim);
   p.key_frame = key_frame(key_frame_, num_kv_heads, head_dim);
-  check_dtype("slot_mapping", slot_mapping, ScalarType::Long);
-  check_shape("slot_mapping", slot_mapping, {kAny});
-  check_contiguous("slot_mapping", slot_mapping);
+  p.slot_mapping = int64_vector("slot_mapping", slot_mapping, kAny);
   p.num_tokens = slot_mapping.size(0);
-  p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
   STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
                   "key and value have ", key.size(0), " and ", value.size(0),
                   " rows, expected at least slot_mapping's ", p.num_tokens);
+  STD_TORCH_CHECK(positions || p.key_frame.num_spans == 0,
+                  "positions must be given for a key_frame with ", p.key_frame.num_spans, " spans");
+  p.positions = positions ? int64_vector("positions", *positions, p.num_tokens) : nullptr;
   p.copies = copies(recent, unit_map, p.cache);
   return p;
 }
@@ -61,12 +62,14 @@ inline std::optional<StoreParams> new_tokens(const std::optional<Tensor>& key,
                                              const Tensor& key_frame_, const Tensor& kv_cache,
                                              const std::optional<Tensor>& slot_mapping,
                                              const std::optional<Tensor>& recent,
-                                             const std::optional<Tensor>& unit_map) {
+                                             const std::optional<Tensor>& unit_map,
+                                             const std::optional<Tensor>& positions) {
   STD_TORCH_CHECK(
       key.has_value() == value.has_value() && key.has_value() == slot_mapping.has_value(),
       "key, value and slot_mapping must be given together");
   if (!key) return std::nullopt;
-  return store_params(*key, *value, key_frame_, kv_cache, *slot_mapping, recent, unit_map);
+  return store_params(*key, *value, key_frame_, kv_cache, *slot_mapping, recent, unit_map,
+                      positions);
 }
 
 // 0 stands for no window.

@@ -4,13 +4,14 @@
 STABLE_TORCH_LIBRARY(turboquant, m) {
   m.def(
       "store(Tensor key, Tensor value, Tensor key_frame, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "Tensor(b!)? recent=None, Tensor? unit_map=None) -> ()");
+      "Tensor(b!)? recent=None, Tensor? unit_map=None, Tensor? positions=None) -> ()");
   m.def(
       "paged_attention(Tensor query, Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, Tensor key_frame, float scale, bool causal, Tensor(b!) out, "
       "Tensor(c!) lse, Tensor(d!)? scratch=None, Tensor(e!)? tickets=None, "
       "Tensor(f!)? recent=None, Tensor? unit_map=None, int window_units=0, int sliding_window=0, "
-      "Tensor? key=None, Tensor? value=None, Tensor? slot_mapping=None) -> ()");
+      "Tensor? key=None, Tensor? value=None, Tensor? slot_mapping=None, "
+      "Tensor? positions=None) -> ()");
   m.def(
       "assign_recent(Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int block_size, "
       "int window_units, int step, Tensor(a!) unit_map, Tensor(b!) places, Tensor(c!) clock) -> "

@@ -16,10 +16,11 @@ namespace tq::ops {
 namespace {
 
 void store(const Tensor& key, const Tensor& value, const Tensor& key_frame, Tensor kv_cache,
-           const Tensor& slot_mapping, std::optional<Tensor> recent,
-           std::optional<Tensor> unit_map) {
-  cuda::store(store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map),
-              nullptr);
+           const Tensor& slot_mapping, std::optional<Tensor> recent, std::optional<Tensor> unit_map,
+           std::optional<Tensor> positions) {
+  cuda::store(
+      store_params(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions),
+      nullptr);
   emulator::finish();
 }
 
@@ -29,7 +30,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
                      std::optional<Tensor> /* scratch */, std::optional<Tensor> /* tickets */,
                      std::optional<Tensor> recent, std::optional<Tensor> unit_map,
                      int64_t window_units, int64_t sliding_window, std::optional<Tensor> key,
-                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping) {
+                     std::optional<Tensor> value, std::optional<Tensor> slot_mapping,
+                     std::optional<Tensor> positions) {
   const AttentionParams p =
       attention_params(query, kv_cache, block_table, seq_lens, query_start_loc, key_frame, scale,
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
@@ -41,7 +43,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
   std::vector<float> partial_out(plan.num_splits * num_rows * query.size(2), poison);
   std::vector<float> partial_lse(plan.num_splits * num_rows, poison);
   std::vector<uint32_t> tickets(p.num_reqs * p.cache.num_kv_heads);
-  const auto stored = new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map);
+  const auto stored =
+      new_tokens(key, value, key_frame, kv_cache, slot_mapping, recent, unit_map, positions);
   cuda::paged_attention(p, plan, {partial_out.data(), partial_lse.data(), num_rows, tickets.data()},
                         stored ? &*stored : nullptr, nullptr);
   emulator::finish();
