@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_turboquant import plugin, reference, reference_recent
-from vllm_turboquant.frame import CENTER
+from vllm_turboquant.frame import CENTER, SINK, near_origins
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import random_frame
 
@@ -35,7 +35,7 @@ on_a_cpu = pytest.mark.skipif(
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
-KEY_FRAME = random_frame(NUM_KV_HEADS, HEAD_DIM, torch.Generator().manual_seed(0))
+KEY_FRAME = random_frame(NUM_KV_HEADS, HEAD_DIM, torch.Generator().manual_seed(0), num_spans=2)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ BATCH_SPECS = {
     "prefix hit": BatchSpec((96, 0), (5, 9)),
     "mixed": BatchSpec((31, 32, 0, 50), (1, 1, 40, 2)),
     "padded": BatchSpec((31, 32, 0, 50), (1, 1, 40, 2)),
+    "two spans": BatchSpec((511, 512, 600, 500), (1, 1, 1, 30)),
 }
 
 
@@ -81,7 +82,7 @@ class Step:
         if pool is None or not with_copies:
             key, value = reference.load(cache, table, num_tokens, layout)
             return (
-                reference.decode_keys(key, KEY_FRAME, layout),
+                reference.decode_keys(key, KEY_FRAME, layout, positions=torch.arange(num_tokens)),
                 reference.decode_values(value, layout),
             )
         recent, unit_map = self.impl.recent.cpu(), pool.unit_map.cpu()
@@ -121,7 +122,7 @@ def run_step(
     from vllm_turboquant.recent import allocate_copies
 
     generator = torch.Generator().manual_seed(len(spec.query_lens) + sum(spec.query_lens))
-    num_blocks_each = 6
+    num_blocks_each = 20
     num_reqs = len(spec.query_lens)
     cache = torch.full(
         (num_reqs * num_blocks_each + 1, NUM_KV_HEADS, BLOCK_SIZE, SlotLayout(HEAD_DIM).slot_bytes),
@@ -165,7 +166,11 @@ def run_step(
         impl.scratch = SimpleNamespace(tile=lambda: tile, decode=lambda: None, tickets=None)
 
     def build(
-        reqs: list[int], query_lens: Tensor, seq_lens: Tensor, slot_mapping: Tensor
+        reqs: list[int],
+        query_lens: Tensor,
+        seq_lens: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor | None = None,
     ) -> TurboQuant3Metadata:
         query_start_loc = torch.cat([torch.zeros(1), query_lens.cumsum(0)]).int()
         common = CommonAttentionMetadata(
@@ -179,6 +184,7 @@ def run_step(
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=block_table[reqs],
             slot_mapping=slot_mapping.to(device),
+            positions=None if positions is None else positions.to(device),
         )
         return builder.build(0, common)
 
@@ -187,13 +193,14 @@ def run_step(
         output = torch.full_like(query, 7.0)
         return impl.forward(None, query, key, value, cache, metadata, output)
 
-    requests, queries, keys, values, mapping = [], [], [], [], []
+    requests, queries, keys, values, mapping, where = [], [], [], [], [], []
     for req, (context, fresh) in enumerate(zip(spec.context_lens, spec.query_lens, strict=True)):
         seq_len = context + fresh
         query = torch.randn(fresh, NUM_HEADS, HEAD_DIM, generator=generator).to(dtype)
         key, value = torch.randn(2, seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator)
-        center, sink, _ = KEY_FRAME.unbind(dim=1)
-        key = key + torch.where(torch.arange(seq_len)[:, None, None] % 7 == 0, sink, center)
+        position = torch.arange(seq_len)
+        at_sink = position[:, None, None] % 7 == 0
+        key += torch.where(at_sink, KEY_FRAME[:, SINK], near_origins(KEY_FRAME, position))
         key, value = key.to(dtype), value.to(dtype)
         if context:
             length = torch.tensor([context], dtype=torch.int32)
@@ -208,6 +215,7 @@ def run_step(
         keys.append(key[context:])
         values.append(value[context:])
         mapping.append(slots(req, context, seq_len))
+        where.append(position[context:])
     nothing = torch.full((padding, NUM_HEADS, HEAD_DIM), torch.nan, dtype=dtype)
     query = torch.cat([*queries, nothing])
     key = torch.cat([*keys, nothing[:, :NUM_KV_HEADS]])
@@ -215,7 +223,11 @@ def run_step(
     slot_mapping = torch.cat([*mapping, torch.full((padding,), -1)])
     query_lens, context_lens = torch.tensor(spec.query_lens), torch.tensor(spec.context_lens)
     seq_lens = (query_lens + context_lens).int()
-    metadata = build(list(range(num_reqs)), query_lens, seq_lens, slot_mapping)
+    positions = torch.cat([*where, torch.full((padding,), 2**40)])
+    metadata = build(list(range(num_reqs)), query_lens, seq_lens, slot_mapping, positions)
+    without = build(list(range(num_reqs)), query_lens, seq_lens, slot_mapping).positions.cpu()
+    assert torch.equal(without[: len(query) - padding], positions[: len(query) - padding])
+    assert without.dtype == positions.dtype and len(without) == len(slot_mapping)
     output = forward(query, key, value, metadata)
     return Step(output.cpu(), requests, impl, cache, host_table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,16 @@ from vllm.model_executor.model_loader import get_model
 
 from vllm_turboquant import measure, plugin
 from vllm_turboquant.errors import UnsupportedError
-from vllm_turboquant.frame import BALANCE, CENTER, SINK, plain_frame, relative_frame
+from vllm_turboquant.frame import (
+    BALANCE,
+    CENTER,
+    FIRST_SPAN,
+    SINK,
+    make_frame,
+    plain_frame,
+    relative_frame,
+)
+from vllm_turboquant.layout import SPAN_TOKENS
 from vllm_turboquant.measure import (
     BALANCE_EXPONENT,
     MAX_BALANCE,
@@ -39,6 +49,7 @@ from vllm_turboquant.measure import (
     measured_positions,
     positions_to_measure,
 )
+from vllm_turboquant.span_centers import SAMPLED, Rotations
 from vllm_turboquant.worker import MeasuringWorker, PlatformWorker
 
 pytestmark = [
@@ -122,14 +133,19 @@ def key_frames(model: nn.Module, config: VllmConfig) -> list[Tensor]:
 def test_key_frames_are_moments_of_a_forward_pass(qwen: Path) -> None:
     got = key_frames(*load(qwen))
     twin = AutoModelForCausalLM.from_pretrained(qwen, dtype=torch.float32)
-    queries: list[Tensor] = []
-    for layer in twin.model.layers:  # before RoPE, which keeps the power of a pair of coordinates
-        layer.self_attn.q_proj.register_forward_hook(
-            lambda module, inputs, output: queries.append(output[0])
-        )
+    queries: list[Tensor] = []  # before RoPE, which keeps the power of a pair of coordinates
+    unturned: list[Tensor] = []  # keys before RoPE
+    for layer in twin.model.layers:
+        for projection, seen_by in (("q_proj", queries), ("k_proj", unturned)):
+            getattr(layer.self_attn, projection).register_forward_hook(
+                lambda module, inputs, output, seen_by=seen_by: seen_by.append(output[0])
+            )
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(twin.config.vocab_size, (1, NUM_TOKENS), generator=generator)
-    positions = measured_positions(16 * NUM_TOKENS)[None]
+    context = 16 * NUM_TOKENS
+    positions = measured_positions(context)[None]
+    everywhere = torch.arange(context)[None]
+    cos, sin = twin.model.rotary_emb(torch.zeros(1), everywhere)
     cache = twin(
         ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True
     ).past_key_values
@@ -138,13 +154,43 @@ def test_key_frames_are_moments_of_a_forward_pass(qwen: Path) -> None:
         center, seen = keys[:, NUM_SKIPPED:].mean(dim=1), keys[:, NUM_SKIPPED:]
         torch.testing.assert_close(key_frame[:, CENTER], center, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(key_frame[:, SINK], keys[:, 0], rtol=1e-3, atol=1e-4)
+        mean = unturned[layer][NUM_SKIPPED:].mean(dim=0)
+        turned = (mean * cos + torch.cat([-mean[32:], mean[:32]]) * sin)[0]
+        by_span = turned.unflatten(0, (-1, SPAN_TOKENS))
+        span_centers = key_frame[0, FIRST_SPAN:]
+        torch.testing.assert_close(
+            span_centers, by_span[:, SAMPLED].mean(dim=1), rtol=1e-3, atol=1e-3
+        )
+        error = (span_centers - by_span.mean(dim=1)).norm(dim=1)
+        assert error.max() < 0.05 * mean.norm()
         # Of a balance, what is left when the keys' part is taken away belongs to the queries.
-        of_keys = (seen - center[:, None]).square().mean(dim=1).log()
+        near = span_centers[positions[0, NUM_SKIPPED:] // SPAN_TOKENS]
+        of_keys = (seen - near).square().mean(dim=1).log()
         of_queries = key_frame[:, BALANCE].log() / BALANCE_EXPONENT + of_keys
         of_queries = (of_queries - of_queries.mean()).exp()
         power = queries[layer][NUM_SKIPPED:].square().mean(dim=0).view(2, 2, 32).mean(dim=0)
         pairs = of_queries.view(2, 32).mean(dim=0), power.mean(dim=0)
         assert torch.corrcoef(torch.stack(pairs))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["does more", "is unknown"])
+def test_one_center_where_rope_does_not_tell(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Where the model does more to its keys than its module says, or that is not known at all."""
+    want = key_frames(*load(qwen))
+    model, config = load(qwen)
+    of = Rotations.of
+
+    def other(*args: Any) -> Rotations | None:
+        rotations = of(*args)
+        return replace(rotations, measured=rotations.measured.flip(0))
+
+    monkeypatch.setattr(Rotations, "of", other if known else lambda *args: None)
+    for key_frame, of_spans in zip(key_frames(model, config), want, strict=True):
+        assert key_frame.shape[1] == FIRST_SPAN
+        assert of_spans.shape[1] == FIRST_SPAN + 16 * NUM_TOKENS // SPAN_TOKENS
+        torch.testing.assert_close(key_frame[:, CENTER], of_spans[:, CENTER])
 
 
 def test_equal_weights_give_equal_frames(qwen: Path) -> None:
@@ -250,7 +296,8 @@ def test_pipeline_stages_use_the_rotated_bias(
     monkeypatch.setattr(measure, "_measured_moments", None)
     for key_frame, want in zip(key_frames(model, config), measured, strict=True):
         center = want[:, CENTER]
-        torch.testing.assert_close(key_frame, plain_frame(center), rtol=1e-4, atol=1e-5)
+        frame = make_frame(center, center, torch.ones_like(center), want[:, FIRST_SPAN:])
+        torch.testing.assert_close(key_frame, frame, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("max_model_len", [1, 100, NUM_TOKENS, NUM_TOKENS + 1, 2048, 131072])

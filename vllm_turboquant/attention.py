@@ -99,9 +99,17 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         return buffers | ({"tickets": self.scratch.tickets} if self.scratch else {})
 
     def set_key_frame(self, key_frame: Tensor) -> None:
-        """Fix the frame of all keys to come: [num_kv_heads, 3, head_dim]."""
-        self.key_frame.copy_(key_frame)
-        self.relative_frame.copy_(relative_frame(key_frame))
+        """Fix the frame of all keys to come: [num_kv_heads, 3 + num_spans, head_dim].
+
+        In place, where graphs may have seen the frame before: with as many spans, as of other
+        weights of the same model.
+        """
+        relative = relative_frame(key_frame)
+        if key_frame.shape == self.key_frame.shape:
+            self.key_frame.copy_(key_frame)
+            self.relative_frame.copy_(relative)
+        else:
+            self.key_frame, self.relative_frame = key_frame, relative
 
     def forward(
         self,
@@ -137,8 +145,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         if attn_metadata is None:
             return self._forward_without_cache(query, key, value, output)
         decode, prefill = attn_metadata.decode, attn_metadata.prefill
-        new_tokens: tuple[Tensor, Tensor, Tensor] | None
-        new_tokens = key, value, attn_metadata.slot_mapping
+        new_tokens: tuple[Tensor, ...] | None
+        new_tokens = key, value, attn_metadata.slot_mapping, attn_metadata.positions
         if prefill is not None:
             self._store(*new_tokens, kv_cache)
             new_tokens = None
@@ -171,10 +179,17 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         fresh_attention(query, key, value, sequence, self.scale, output, self.sliding_window)
         return output
 
-    def _store(self, key: Tensor, value: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+    def _store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor,
+        kv_cache: Tensor,
+    ) -> None:
         """Compress keys and values into their slots, and copy the newest."""
-        copies = (self.recent, self.pool.unit_map) if self.pool else ()
-        ops.store(key, value, self.key_frame, kv_cache, slot_mapping, *copies)
+        recent, unit_map = (self.recent, self.pool.unit_map) if self.pool else (None, None)
+        ops.store(key, value, self.key_frame, kv_cache, slot_mapping, recent, unit_map, positions)
 
     def _prefill(
         self,
@@ -265,14 +280,14 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
         pool: RecentPool | None,
         *,
         causal: bool,
-        new_tokens: tuple[Tensor, Tensor, Tensor] | None = None,
+        new_tokens: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Attend to cached tokens; fill ``output`` and return lse [num_heads, num_tokens].
 
-        The last units of every request are read from copies where ``pool`` has them. Keys, values
-        and slots of ``new_tokens`` are stored first, with copies likewise.
+        The last units of every request are read from copies where ``pool`` has them. Keys, values,
+        slots and positions of ``new_tokens`` are stored first, with copies likewise.
         """
-        key, value, slot_mapping = new_tokens or (None, None, None)
+        key, value, slot_mapping, positions = new_tokens or (None,) * 4
         lse = torch.empty(self.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
         ops.paged_attention(
             query,
@@ -294,6 +309,7 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
             key=key,
             value=value,
             slot_mapping=slot_mapping,
+            positions=positions,
         )
         return lse
 

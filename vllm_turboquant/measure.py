@@ -4,7 +4,7 @@ One forward pass over random tokens shows where the keys of every KV head lie: t
 of the first token, which models use as attention sink, and how much every coordinate varies and
 weighs. Random tokens will do, so no data is needed. A frame has to be the same for all tokens that
 ever share a cache, and the same in every replica. RoPE turns keys, and so their mean, with the
-position: the mean over the first positions alone would be far from keys at position 10000.
+position; see ``span_centers.py``. Where that is not known, the mean over all the context has to do.
 
 The result is deterministic: equal weights and an equal max_model_len give equal frames. Every
 tensor parallel rank measures those of its own heads; ranks that each have a copy of a KV head, and
@@ -31,9 +31,11 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.attention import coded_layers, implementation
 from vllm_turboquant.errors import UnsupportedError
-from vllm_turboquant.frame import make_frame, plain_frame
+from vllm_turboquant.frame import FIRST_SPAN, make_frame
 from vllm_turboquant.fresh import FreshRequests, fresh_attention
+from vllm_turboquant.layout import SPAN_TOKENS
 from vllm_turboquant.options import read_options
+from vllm_turboquant.span_centers import Rotations
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,39 +60,46 @@ class KeyMoments:
     """What one layer's keys have in common, and how they differ.
 
     Attributes:
-        frame: [num_kv_heads, 3, head_dim] float32; see ``frame.make_frame``.
-        share: [num_kv_heads] float32, norm of the mean over the root mean square norm of a key, in
-            0..1; 0 where all keys are 0.
+        frame: [num_kv_heads, 3 + num_spans, head_dim] float32; see ``frame.make_frame``.
+        share: [num_kv_heads] float32, root mean square norm of the centers over that of the keys,
+            0 where all keys are 0.
     """
 
     frame: Tensor
     share: Tensor
 
     @staticmethod
-    def of(query: Tensor, key: Tensor) -> KeyMoments:
+    def of(query: Tensor, key: Tensor, rotations: Rotations | None = None) -> KeyMoments:
         """Moments of one sequence.
 
         Args:
             query: [num_tokens, num_heads, head_dim], after RoPE.
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
+            rotations: Where its tokens are and how RoPE turned them, if that is known.
         """
-        first = min(NUM_SKIPPED, key.shape[0] - 1)
-        sink, key, query = key[0].float(), key[first:].float(), query[first:].float()
-        center = key.mean(dim=0)
-        key_power = (key - center).square().mean(dim=0)
+        skipped = min(NUM_SKIPPED, key.shape[0] - 1)
+        key, query = key.float(), query.float()[skipped:]
+        center, sink = key[skipped:].mean(dim=0), key[0]
+        near, span_centers = _near_centers(key, center, rotations, skipped)
+        key = key[skipped:]
+        key_power = (key - near).square().mean(dim=0)
         query_power = query.square().mean(dim=0).view(len(center), -1, center.shape[1]).mean(dim=1)
-        frame = make_frame(center, sink, balance(query_power, key_power))
-        return KeyMoments(frame, _share(key, center))
+        frame = make_frame(center, sink, balance(query_power, key_power), span_centers)
+        return KeyMoments(frame, _share(key, near))
 
     @staticmethod
-    def of_constant(key: Tensor) -> KeyMoments:
+    def of_constant(key: Tensor, rotations: Rotations | None = None) -> KeyMoments:
         """Moments where nothing but the mean of the keys is known.
 
         Args:
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
+            rotations: As for ``of``.
         """
-        center = key.float().mean(dim=0)
-        return KeyMoments(plain_frame(center), _share(key.float(), center))
+        key = key.float()
+        center = key.mean(dim=0)
+        near, span_centers = _near_centers(key, center, rotations, 0)
+        frame = make_frame(center, center, torch.ones_like(center), span_centers)
+        return KeyMoments(frame, _share(key, near))
 
 
 def balance(query_power: Tensor, key_power: Tensor) -> Tensor:
@@ -111,9 +120,38 @@ def balance(query_power: Tensor, key_power: Tensor) -> Tensor:
     return stretch.exp().clamp(1 / MAX_BALANCE, MAX_BALANCE)
 
 
-def _share(key: Tensor, center: Tensor) -> Tensor:
-    rms = key.square().sum(dim=-1).mean(dim=0).sqrt()
-    return torch.where(rms > 0, torch.linalg.vector_norm(center, dim=-1) / rms, 0.0)
+def _near_centers(
+    key: Tensor, center: Tensor, rotations: Rotations | None, skipped: int
+) -> tuple[Tensor, Tensor | None]:
+    """The centers that keys are nearest to, and those of spans, where these are nearer than one.
+
+    They are not where the model does more to its keys than its rotary embedding says.
+
+    Args:
+        key: [num_tokens, num_kv_heads, head_dim] float32.
+        center: [num_kv_heads, head_dim], of all tokens that are not skipped.
+        rotations: See ``KeyMoments.of``.
+        skipped: How many of the first tokens do not count.
+
+    Returns:
+        [num_tokens - skipped, num_kv_heads, head_dim] or ``center``, and
+        [num_kv_heads, num_spans, head_dim] or None.
+    """
+    if rotations is None:
+        return center, None
+    span_centers = rotations.centers(key, skipped)
+    key = key[skipped:]
+    near = span_centers[:, rotations.positions[skipped:] // SPAN_TOKENS].transpose(0, 1)
+    if (key - near).square().sum() < (key - center).square().sum():
+        return near, span_centers
+    return center, None
+
+
+def _share(key: Tensor, near: Tensor) -> Tensor:
+    of_keys, of_centers = (
+        x.square().sum(dim=-1).expand(key.shape[:-1]).mean(dim=0).sqrt() for x in (key, near)
+    )
+    return torch.where(of_keys > 0, of_centers / of_keys, 0.0)
 
 
 def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -127,9 +165,15 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
         vllm_config: The engine's configuration.
     """
     layers = coded_layers(vllm_config)
+    _measure_layers(model, layers, vllm_config)
     for layer in layers.values():
         for buffer, tensor in implementation(layer).buffers().items():
             layer.register_buffer(f"{CACHE_DTYPE}_{buffer}", tensor, persistent=False)
+
+
+def _measure_layers(
+    model: nn.Module, layers: Mapping[str, Attention], vllm_config: VllmConfig
+) -> None:
     own = set(model.modules())
     drafted = [name for name, layer in layers.items() if layer not in own]
     layers = {name: layer for name, layer in layers.items() if layer in own}
@@ -147,7 +191,7 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
     with torch.inference_mode():
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             how = "the biases of the key projections, because a pipeline stage cannot run alone"
-            moments = _bias_moments(model, layers, positions)
+            moments = _bias_moments(model, layers, positions, vllm_config)
         else:
             how = f"{len(positions)} random tokens"
             moments = _measured_moments(model, layers, positions, vllm_config)
@@ -159,11 +203,15 @@ def measure_keys(model: nn.Module, vllm_config: VllmConfig) -> None:
                 )
             implementation(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
+    num_turned = sum(m.frame.shape[1] > FIRST_SPAN for m in moments.values())
     logger.info_once(
-        "%s keys are centered by the mean over %s: up to %.1f %% of a key's length (%s); "
-        "took %.1f s",
+        "%s keys are centered by the mean over %s, turned to every %d positions in %d of %d "
+        "layers: up to %.1f %% of a key's length (%s); took %.1f s",
         CACHE_DTYPE,
         how,
+        SPAN_TOKENS,
+        num_turned,
+        len(layers),
         100 * share,
         where,
         time.perf_counter() - start,
@@ -202,6 +250,29 @@ def measured_positions(max_model_len: int, most: int = NUM_TOKENS) -> Tensor:
     return torch.cat(spans)[:most]
 
 
+def _parents(model: nn.Module) -> dict[nn.Module, Any]:
+    return {child: parent for parent in model.modules() for child in parent.children()}
+
+
+def _rotations(
+    model: nn.Module,
+    layers: Mapping[str, Attention],
+    positions: Tensor,
+    vllm_config: VllmConfig,
+) -> dict[str, Rotations | None]:
+    """What RoPE does to the keys of every layer, as far as that is known."""
+    config, parents = vllm_config.model_config, _parents(model)
+    known: dict[tuple[nn.Module | None, int], Rotations | None] = {}
+    rotations = {}
+    for name, layer in layers.items():
+        module = getattr(parents[layer], "rotary_emb", None)
+        of = module, layer.head_size
+        if of not in known:
+            known[of] = Rotations.of(*of, config.dtype, positions, config.max_model_len)
+        rotations[name] = known[of]
+    return rotations
+
+
 def _measured_moments(
     model: nn.Module,
     layers: Mapping[str, Attention],
@@ -210,12 +281,13 @@ def _measured_moments(
 ) -> dict[str, KeyMoments]:
     """Run the model once over random tokens at these positions, without a cache."""
     config, num_tokens = vllm_config.model_config, len(positions)
+    rotations = _rotations(model, layers, positions, vllm_config)
     generator = torch.Generator().manual_seed(SEED)
     input_ids = torch.randint(config.get_vocab_size(), (num_tokens,), generator=generator)
     if config.uses_mrope:  # temporal, height and width positions, the same for text
         positions = positions.expand(3, -1).contiguous()
     with (
-        _observed_moments(layers, vllm_config) as moments,
+        _observed_moments(layers, rotations, vllm_config) as moments,
         set_current_vllm_config(vllm_config),
         # NOTE: compiled, this run would be the one that torch.compile specializes for.
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
@@ -229,7 +301,9 @@ def _measured_moments(
 
 @contextmanager
 def _observed_moments(
-    layers: Mapping[str, Attention], vllm_config: VllmConfig
+    layers: Mapping[str, Attention],
+    rotations: Mapping[str, Rotations | None],
+    vllm_config: VllmConfig,
 ) -> Iterator[dict[str, KeyMoments]]:
     """Collect every layer's moments; meanwhile, all layers attend without a cache.
 
@@ -238,7 +312,7 @@ def _observed_moments(
     moments: dict[str, KeyMoments] = {}
 
     def observe(name: str, query: Tensor, key: Tensor) -> None:
-        moments[name] = KeyMoments.of(query, key)
+        moments[name] = KeyMoments.of(query, key, rotations[name])
 
     others = [
         layer
@@ -279,14 +353,15 @@ def _attend_without_cache(
 
 
 def _bias_moments(
-    model: nn.Module, layers: Mapping[str, Attention], positions: Tensor
+    model: nn.Module,
+    layers: Mapping[str, Attention],
+    positions: Tensor,
+    vllm_config: VllmConfig,
 ) -> dict[str, KeyMoments]:
     """Moments of keys that are nothing but their projection's bias, rotated to these positions."""
     positions = positions[min(NUM_SKIPPED, len(positions) - 1) :]
-    parents: dict[nn.Module, Any] = {
-        child: parent for parent in model.modules() for child in parent.children()
-    }
-    moments = {}
+    rotations = _rotations(model, layers, positions, vllm_config)
+    parents, moments = _parents(model), {}
     for name, layer in layers.items():
         impl, parent = implementation(layer), parents[layer]
         bias = getattr(getattr(parent, "qkv_proj", None), "bias", None)
@@ -300,5 +375,5 @@ def _bias_moments(
         )
         if hasattr(parent, "rotary_emb"):
             _, key = parent.rotary_emb(positions, query, key)
-        moments[name] = KeyMoments.of_constant(key.reshape(shape))
+        moments[name] = KeyMoments.of_constant(key.reshape(shape), rotations[name])
     return moments

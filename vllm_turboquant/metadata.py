@@ -93,12 +93,14 @@ class TurboQuant3Metadata(AttentionMetadata):
 
     Attributes:
         slot_mapping: [>= num_tokens] int64, where this step's tokens are stored; -1 for padding.
+        positions: [>= num_tokens] int64, which token of its request each is; of padding, anything.
         num_decode_tokens: Rows of the decode requests.
         decode: Decode requests over all their tokens; None without any.
         prefill: The other requests; None without any.
     """
 
     slot_mapping: Tensor
+    positions: Tensor
     num_decode_tokens: int
     decode: PagedRequests | None
     prefill: PrefillRequests | None
@@ -157,7 +159,10 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
             )
         if num_prefills:
             prefill = self._build_prefill(batch, num_decodes)
-        return TurboQuant3Metadata(batch.slot_mapping, num_decode_tokens, decode, prefill)
+        positions = positions_of(batch) if batch.positions is None else batch.positions
+        return TurboQuant3Metadata(
+            batch.slot_mapping, positions, num_decode_tokens, decode, prefill
+        )
 
     def _build_prefill(self, batch: CommonAttentionMetadata, first_req: int) -> PrefillRequests:
         """Describe the requests from ``first_req`` on."""
@@ -213,6 +218,19 @@ class TurboQuant3MetadataBuilder(AttentionMetadataBuilder[TurboQuant3Metadata]):
         return PrefillRequests(
             fresh, fresh_tile, context_tiles=tuple(tiles), window_tiles=window_tiles
         )
+
+
+def positions_of(batch: CommonAttentionMetadata) -> Tensor:
+    """Which token of its request each is, where vLLM does not say.
+
+    Returns:
+        [len(slot_mapping)] int64.
+    """
+    token = torch.arange(len(batch.slot_mapping), device=batch.seq_lens.device)
+    ends = batch.query_start_loc[1 : batch.num_reqs + 1]
+    req = torch.searchsorted(ends, token, right=True, out_int32=False)
+    req = req.clamp(max=batch.num_reqs - 1)
+    return batch.seq_lens[req] + token - ends[req]
 
 
 def _log_start(vllm_config: VllmConfig, head_dim: int) -> None:

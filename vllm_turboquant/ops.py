@@ -75,7 +75,7 @@ def store(
         recent: [num_places, num_kv_heads, unit_bytes] uint8, where tokens whose unit has a place
             are also kept in 8 bits; see ``reference_recent.store_copies``.
         unit_map: [num_blocks * block_size / 16] int32, given together with ``recent``.
-        positions: [num_tokens] int64, which token of its request each is, by which the center of
+        positions: [>= num_tokens] int64, which token of its request each is, by which the center of
             its span is chosen; None where the frame has no spans.
 
     Raises:

@@ -117,11 +117,9 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
     const bool sees_nothing = sum == 0.0f;
     partials.out(split, row)[coordinate] = sees_nothing ? 0.0f : __fdividef(out, sum);
     if (coordinate == 0) {
-      float bias = 0.0f;
-      for (int g = 0; g < Traits::kNumGroups; ++g) bias += shared->query.bias[row][g];
       constexpr float kLn2 = 0.693147180559945f;
       const float max = max_of_warps<Traits>(shared->max[row]);
-      *partials.lse(split, row) = sees_nothing ? -INFINITY : (max + log2f(sum) + bias) * kLn2;
+      *partials.lse(split, row) = sees_nothing ? -INFINITY : (max + log2f(sum)) * kLn2;
     }
   }
 }

@@ -42,7 +42,7 @@ template <typename Traits>
 struct LoadedQuery {
   static constexpr int kCount = kPerLane<Traits::kGroup>;
   RowElements<kCount> q;
-  float center[kCount] = {}, sink[kCount] = {}, balance[kCount];
+  float sink[kCount] = {}, balance[kCount];
 
   __device__ void load(const AttentionParams& a, const RowRange& rows, int part) {
     const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
@@ -53,7 +53,6 @@ struct LoadedQuery {
     q.load(a.query, rows.token(row), rows.head(row), at);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      center[e] = a.key_frame.center(rows.kv_head)[at + e];
       sink[e] = a.key_frame.sink(rows.kv_head)[at + e];
       balance[e] = a.key_frame.balance(rows.kv_head)[at + e];
     }
@@ -71,15 +70,13 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   const int column = row / 4 * 8 + row % 4 * 2;
 
   // 1. q1 = H D1 B^-1 q and q2 = H D2 q1, softmax scale included.
-  float q[kCount], diagonal[kCount], bias = 0.0f, sink = 0.0f;
+  float q[kCount], diagonal[kCount], sink = 0.0f;
   loaded.q.convert(p.attention.query.dtype, q);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
-    bias += q[e] * loaded.center[e];
-    sink += q[e] * (loaded.sink[e] - loaded.center[e]);
+    sink += q[e] * loaded.sink[e];
     q[e] = __fdividef(q[e], loaded.balance[e]);
   }
-  bias = warp_sum(bias);
   sink = warp_sum(sink);
   lane_signs<kGroup, kKeySigns>(diagonal);
 #pragma unroll
@@ -121,9 +118,94 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
     // The sum carries NaN and infinity of a query into its scores; integers cannot.
     out->unit[row][g] = largest * (1.0f / kLargest) + 0.0f * sum;
     out->base[row][g] = __float2int_rn(-sum * inverse);
-    out->bias[row][g] = bias * p.scale_log2;
     out->sink[row][g] = sink * p.scale_log2;
   }
 }
+
+// Spans of positions, of which keys are read.
+struct SpanRange {
+  int first, count;
+
+  // Those of tokens [begin, end), at most so many.
+  __device__ static SpanRange of(int begin, int end, int most) {
+    const int first = begin / kSpanTokens;
+    return {first, min((end + kSpanTokens - 1) / kSpanTokens - first, most)};
+  }
+};
+
+// Scores the centers of spans of codes and, behind kSpans, of those of a window: a part of one, as
+// of a query, in every warp, of which each has kAtOnce in flight.
+template <typename Traits, int kAtOnce>
+class SpanScorer {
+ public:
+  using Scores = typename Traits::SpanScores;
+
+  __device__ SpanScorer(const DecodeParams& p, const RowRange& rows, const SpanRange& codes,
+                        const SpanRange& window, Scores* scores)
+      : p_(p),
+        rows_(rows),
+        codes_(codes),
+        window_(window),
+        scores_(scores),
+        next_(Traits::kWarps - 1 - threadIdx.x / 32) {}  // the first warps prepare the queries
+
+  // Ask for what the next parts need.
+  __device__ void load() {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int item = next_ + k * Traits::kWarps;
+      if (item < num_items()) load(item / Traits::kQueryParts, item % Traits::kQueryParts, k);
+    }
+  }
+
+  // Score them, and then all others.
+  __device__ void score() {
+    while (next_ < num_items()) {
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k, next_ += Traits::kWarps) {
+        if (next_ < num_items()) score(next_ / Traits::kQueryParts, next_ % Traits::kQueryParts, k);
+      }
+      load();
+    }
+  }
+
+ private:
+  static constexpr int kCount = kPerLane<Traits::kGroup>;
+
+  __device__ int num_items() const { return (codes_.count + window_.count) * Traits::kQueryParts; }
+
+  __device__ void load(int i, int part, int k) {
+    const AttentionParams& a = p_.attention;
+    const int span = i < codes_.count ? codes_.first + i : window_.first + i - codes_.count;
+    const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
+    const int at = g * Traits::kGroup + (threadIdx.x & 31) * kCount;
+    q_[k] = {};
+    if (!rows_.contains(row)) return;
+    q_[k].load(a.query, rows_.token(row), rows_.head(row), at);
+    const float* center = a.key_frame.near(rows_.kv_head, int64_t{span} * kSpanTokens) + at;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) center_[k][e] = center[e];
+  }
+
+  __device__ void score(int i, int part, int k) {
+    float q[kCount], score = 0.0f;
+    q_[k].convert(p_.attention.query.dtype, q);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) score += q[e] * center_[k][e];
+    score = warp_sum(score);
+    if ((threadIdx.x & 31) == 0) {
+      Scores& to = scores_[i < codes_.count ? i : Traits::kSpans + i - codes_.count];
+      to[part / Traits::kNumGroups][part % Traits::kNumGroups] = score * p_.scale_log2;
+    }
+  }
+
+  const DecodeParams& p_;
+  const RowRange& rows_;
+  const SpanRange codes_, window_;
+  Scores* scores_;
+  int next_;
+  RowElements<kCount> q_[kAtOnce];
+  float center_[kAtOnce][kCount] = {};
+};
 
 }  // namespace tq::cuda

@@ -20,6 +20,7 @@ struct ScoreFactors {
   float unit[Traits::kKeyTiles][Traits::kNumGroups];
   int32_t base[Traits::kKeyTiles][Traits::kNumGroups];
   float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for keys that start there
+  float near[Traits::kKeyTiles][Traits::kNumGroups];  // for all others of a span
 
   __device__ explicit ScoreFactors(const typename Traits::Query& query) {
 #pragma unroll
@@ -31,6 +32,14 @@ struct ScoreFactors {
         base[i][g] = query.base[row][g];
         sink[i][g] = query.sink[row][g];
       }
+    }
+  }
+
+  __device__ void enter(const typename Traits::SpanScores& span) {
+#pragma unroll
+    for (int i = 0; i < Traits::kKeyTiles; ++i) {
+#pragma unroll
+      for (int g = 0; g < Traits::kNumGroups; ++g) near[i][g] = span[4 * i + (threadIdx.x & 3)][g];
     }
   }
 };
@@ -112,7 +121,7 @@ template <typename Traits>
 __device__ inline float score_of(const int32_t (&product)[4], int h, float scale, int tile, int g,
                                  const ScoreFactors<Traits>& factors) {
   const int32_t sum = product[2 * h] * 128 + product[2 * h + 1];
-  const float origin = signbit(scale) ? factors.sink[tile][g] : 0.0f;
+  const float origin = signbit(scale) ? factors.sink[tile][g] : factors.near[tile][g];
   return fmaf(fabsf(scale), static_cast<float>(sum) * factors.unit[tile][g], origin);
 }
 

@@ -46,6 +46,10 @@ struct DecodeTraits {
   static constexpr int kWindowUnits = kMostWindowUnits + kBatchUnits;
   static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
 
+  // Spans of positions whose centers are scored at a time, and those that a window may have.
+  static constexpr int kSpanBatches = kSpanTokens / kBatchTokens;
+  static constexpr int kSpans = 32, kWindowSpans = 2;
+
   // A query is two int8 numbers, high and low, in neighbouring columns of the key products.
   static constexpr int kKeyTiles = kRows / 4;
   static constexpr int kQueryParts = kRows * kNumGroups;  // each prepared by one warp
@@ -76,9 +80,10 @@ struct DecodeTraits {
     alignas(16) uint8_t sign[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
     float unit[kRows][kNumGroups];    // score of an integer product of 1
     int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
-    float bias[kRows][kNumGroups];    // <q, center> of a group, scaled, in log2
-    float sink[kRows][kNumGroups];    // <q, sink - center>, likewise
+    float sink[kRows][kNumGroups];    // <q, sink> of a group, scaled, in log2
   };
+  // <q, center> of a span, likewise.
+  using SpanScores = float[kRows][kNumGroups];
   // Results of the warps, in units of the largest maximum.
   struct Merge {
     // Lanes write 16 bytes of two rows at once; the padding brings them to different banks.
@@ -113,13 +118,16 @@ struct DecodeTraits {
     alignas(16) float max[kRows][kWarps];  // log2, of each warp
     alignas(16) float sum[kRows][kWarps];  // in units of its maximum
     alignas(16) uint8_t copies[kCopyBuffers > 0 ? kCopyBuffers * kCopyBytes : 1];
-    int32_t window[kWindowUnits];  // entries of Copies::unit_map
-    bool is_last;                  // of the request's splits
+    SpanScores spans[kSpans + kWindowSpans];  // the last are the window's, from its first span on
+    int32_t window[kWindowUnits];             // entries of Copies::unit_map
+    bool is_last;                             // of the request's splits
   };
 
   static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");
   static_assert(kUnitBytes % 16 == 0, "a unit is copied in 16-byte pieces");
   static_assert(32 % kBatchUnits == 0, "lanes find the blocks of whole batches");
+  static_assert(kSpanTokens % kBatchTokens == 0, "a batch's keys share their center");
+  static_assert(kMostWindowUnits * kUnitTokens <= kSpanTokens, "a window is in two spans");
 };
 
 // Wide CTAs fill an SM alone: their warps share one prologue and one merge. Narrow ones overlap

@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int e = 0; e < kCount; ++e) x[e] *= fabsf(scale) * diagonal[e];
   if (!is_value) {
     const KeyFrame& frame = p.key_frame;
-    const float* origin = (signbit(scale) ? frame.sink(kv_head) : frame.center(kv_head)) + first;
+    const float* origin =
+        (signbit(scale) ? frame.sink(kv_head) : frame.near(kv_head, token)) + first;
     const float* balance = frame.balance(kv_head) + first;
 #pragma unroll
     for (int e = 0; e < kCount; ++e) x[e] = x[e] / balance[e] + origin[e];

@@ -77,12 +77,12 @@ __device__ float group_scale(float norm, float overlap) {
 // Lane's coordinates of a key frame.
 template <int kCount>
 struct LaneFrame {
-  float center[kCount], sink[kCount], balance[kCount];
+  float near[kCount], sink[kCount], balance[kCount];
 
-  __device__ void load(const KeyFrame& frame, int kv_head, int first) {
+  __device__ void load(const KeyFrame& frame, int kv_head, int64_t position, int first) {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      center[e] = frame.center(kv_head)[first + e];
+      near[e] = frame.near(kv_head, position)[first + e];
       sink[e] = frame.sink(kv_head)[first + e];
       balance[e] = frame.balance(kv_head)[first + e];
     }
@@ -100,7 +100,7 @@ __device__ LaneCode encode_key(float (&x)[kPerLane<kGroup>],
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
     far[e] = __fmul_rn(__fsub_rn(x[e], frame.sink[e]), frame.balance[e]);
-    x[e] = __fmul_rn(__fsub_rn(x[e], frame.center[e]), frame.balance[e]);
+    x[e] = __fmul_rn(__fsub_rn(x[e], frame.near[e]), frame.balance[e]);
   }
   float square = sum_of_squares<kGroup>(x);
   const float far_square = sum_of_squares<kGroup>(far);
@@ -201,12 +201,12 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int kv_head = head_and_kind / 2;
   const bool is_value = head_and_kind % 2;
   if (kv_head >= p.cache.num_kv_heads) return;
-  const int64_t slot = p.slot_mapping[token];
+  const int64_t slot = p.slot_mapping[token], position = p.position(token);
   const int first = group * kGroup + lane * kCount;
   RowElements<kCount> elements;
   elements.load(is_value ? p.value : p.key, token, kv_head, first);
   LaneFrame<kCount> frame;
-  if (!is_value) frame.load(p.key_frame, kv_head, first);
+  if (!is_value) frame.load(p.key_frame, kv_head, position, first);
   if (slot < 0) return;
   const Copies& copies = p.copies;
   const int unit = static_cast<int>(slot / kUnitTokens);  // fits, as in unit_map

@@ -51,7 +51,10 @@ inline StoreParams store_params(const Tensor& key, const Tensor& value, const Te
                   " rows, expected at least slot_mapping's ", p.num_tokens);
   STD_TORCH_CHECK(positions || p.key_frame.num_spans == 0,
                   "positions must be given for a key_frame with ", p.key_frame.num_spans, " spans");
-  p.positions = positions ? int64_vector("positions", *positions, p.num_tokens) : nullptr;
+  p.positions = positions ? int64_vector("positions", *positions, kAny) : nullptr;
+  STD_TORCH_CHECK(!positions || positions->size(0) >= p.num_tokens, "positions has ",
+                  positions ? positions->size(0) : 0,
+                  " elements, expected at least slot_mapping's ", p.num_tokens);
   p.copies = copies(recent, unit_map, p.cache);
   return p;
 }
