@@ -32,7 +32,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_turboquant import ops
 from vllm_turboquant.evaluation.prepare import cpu_name
-from vllm_turboquant.frame import plain_frame
+from vllm_turboquant.frame import make_frame, num_spans
 from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
 from vllm_turboquant.options import Options
 from vllm_turboquant.recent import RecentPool
@@ -115,7 +115,9 @@ def measure(
     num_tokens = batch * context
     key, value = torch.randn(2, num_tokens, num_kv_heads, head_dim).bfloat16()
     query = torch.randn(batch, num_heads, head_dim).bfloat16()
-    key_frame = plain_frame(torch.zeros(num_kv_heads, head_dim))
+    positions = torch.arange(context).repeat(batch)
+    zeros = torch.zeros(num_kv_heads, num_spans(context), head_dim)
+    key_frame = make_frame(zeros[:, 0], zeros[:, 0], torch.ones(num_kv_heads, head_dim), zeros)
     num_blocks = num_tokens // BLOCK_SIZE
     layout = SlotLayout(head_dim)
     cache = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE, layout.slot_bytes, dtype=torch.uint8)
@@ -132,7 +134,7 @@ def measure(
     recent = torch.zeros(num_places, num_kv_heads, layout.unit_bytes, dtype=torch.uint8)
     copies = (recent, pool.unit_map)
     store_ms = medians_ms(
-        {"store": lambda: ops.store(key, value, key_frame, cache, slots, *copies)},
+        {"store": lambda: ops.store(key, value, key_frame, cache, slots, *copies, positions)},
         min(rounds, 3),
     )["store"]
     out, lse = torch.empty_like(query), torch.empty(num_heads, batch)

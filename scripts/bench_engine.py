@@ -4,12 +4,14 @@
     bench_engine.py models/qwen2.5-coder-1.5b-instruct --json engine.json [arguments of vllm serve]
 
 One `vllm serve` after the other on the same device, or, with --together, side by side and measured
-one after the other, times to the first token by turns. The record is written after every workload,
+one after the other, times to the first token in turn. The record is written after every workload,
 so that a run that is cut keeps what it has; --resume measures the rest.
 
 --set requests  what a user sees, measured by the client of `vllm bench serve`. Prefix caching is
                 off, because the client warms up with a prompt that it measures afterwards, and
-                because its prompts for one seed begin alike.
+                because its prompts for one seed begin alike. Workloads ttft-* are measured by
+                first_token_client.py, which says how; with --together two engines of one cache,
+                --dtypes auto bfloat16, show how much equal engines differ.
 --set decode    the time between tokens alone, at contexts of 4K to 32K, with 1, 16 and as many
                 requests as fit; measured by decode_client.py, which says how.
 """
@@ -26,25 +28,24 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from decode_client import random_prompts, run_decode
-from engine_workloads import QUICK, SETS, Workload
+from decode_client import run_decode
+from engine_workloads import QUICK, SETS, Workload, prompts_for
+from first_token_client import WARM_UPS, mean_ms, run_first_token
 from rich.console import Console
 from rich.table import Table
-from vllm_server import Server, ServerError, served_model
+from vllm_server import Server, ServerError, last_error, started
 
 from vllm_turboquant import CACHE_DTYPE, __version__
 
@@ -61,8 +62,9 @@ METRICS = {  # key of the record: key of the client's result
 MAX_WARMUPS = 64
 START_TIMEOUT_S = 900.0
 WORKLOAD_TIMEOUT_S = 300.0
+# Seconds that an idle connection stays open: that to an engine, while others are measured.
+ENVIRONMENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "900"}
 LOG_LINES = 500  # in which the last error is looked for
-ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")
 
 
 class Record:
@@ -131,9 +133,7 @@ def client_parser() -> argparse.ArgumentParser:
 
 def decode_arguments(server: Server, workload: Workload, clients: int) -> tuple[Any, ...]:
     """Arguments of ``run_decode`` for one workload."""
-    config = json.loads((server.model / "config.json").read_text())
-    vocab_size = config.get("text_config", config)["vocab_size"]
-    prompts = random_prompts(workload.name, clients, workload.input_tokens, vocab_size)
+    prompts = prompts_for(server.model, workload, clients)
     url = f"http://127.0.0.1:{server.port}"
     return url, server.name, prompts, workload.output_tokens, WORKLOAD_TIMEOUT_S
 
@@ -195,15 +195,17 @@ def run_client(arguments: list[str], log: Path, timeout_s: float) -> dict[str, A
     return figures
 
 
-def last_error(text: str) -> str:
-    """The last line that names an error, without vLLM's prefixes; where there is none, the last.
-
-    vLLM's own last words only point to a "root cause above", which is what this looks for.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    matches = filter(None, map(ERROR_LINE.search, lines))
-    errors = [match[0] for match in matches if "root cause above" not in match[0]]
-    return (errors or lines or ["no output"])[-1]
+def refusal(server: Server, workload: Workload) -> str | None:
+    """Why an engine cannot be asked this, if so."""
+    if server.process.poll() is not None:
+        return "vllm serve has ended"
+    try:
+        max_tokens = server.max_tokens()
+    except ServerError as error:
+        return str(error)
+    if workload.request_tokens > max_tokens:
+        return f"the model takes at most {max_tokens} tokens a request"
+    return None
 
 
 def measure(
@@ -218,12 +220,9 @@ def measure(
         log: File to which the client's output is appended.
         client: Runs the client.
     """
-    if server.process.poll() is not None:
-        return {"error": "vllm serve has ended"}
-    _, max_tokens = served_model(server.url)
+    if error := refusal(server, workload):
+        return {"error": error}
     clients = workload.clients(fit)
-    if workload.request_tokens > max_tokens:
-        return {"error": f"the model takes at most {max_tokens} tokens a request"}
     if workload.decode:
         return client.submit(run_decode, *decode_arguments(server, workload, clients)).result()
     options = client_arguments(server, workload, clients)
@@ -231,53 +230,55 @@ def measure(
     figures = client.submit(run_client, options, log, WORKLOAD_TIMEOUT_S).result()
     if "error" in figures:
         return figures
-    seconds, count = (now - then for now, then in zip(server.prefill_time(), before, strict=True))
-    return figures | {"prefill_ms": round(1e3 * seconds / count, 3) if count else None}
+    return figures | {"prefill_ms": mean_ms(before, server.prefill_time())}
 
 
-def median_of(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of all figures, and the times to the first token that they are of."""
-    if len(turns) == 1:
-        return turns[0]
-    if errors := [turn for turn in turns if "error" in turn]:
-        return errors[0]
-    figures = {
-        key: None
-        if None in (values := [turn[key] for turn in turns])
-        else statistics.median(values)
-        for key in turns[0]
-    }
-    return figures | {"ttft_ms_by_turn": [turn["ttft_ms"] for turn in turns]}
-
-
-def run_by_turns(
-    engines: Sequence[tuple[Server, str, list[Workload]]], record: Record, client: Executor
+def put_figures(
+    record: Record, dtype: str, workload: Workload, tokens: int, figures: dict[str, Any]
 ) -> None:
-    """Measure engines that all run, workloads with several turns alone, and forget these.
+    """Put one workload on record, of an engine whose cache holds ``tokens``."""
+    fit = tokens // workload.request_tokens
+    row = {"clients": workload.clients(fit), "requests_that_fit": fit, **figures}
+    record.put_row(dtype, workload, row)
+    say(f"{dtype}: {workload.name}: {json.dumps(figures)}")
 
-    First to last and back, so that a drift is no difference between them. An engine that did not
-    get ready keeps its workloads.
+
+def measure_first_tokens(
+    engines: Sequence[tuple[Server, str, int]], workload: Workload, record: Record
+) -> None:
+    """Measure times to the first token of engines in turn, and put them on record.
+
+    Args:
+        engines: Ready, with --kv-cache-dtype and the number of tokens that fit.
+        workload: What to ask of them.
+        record: Gets a row of each.
+    """
+    errors = {dtype: refusal(server, workload) for server, dtype, _ in engines}
+    asked = {dtype: server for server, dtype, _ in engines if errors[dtype] is None}
+    figures = {dtype: {"error": error} for dtype, error in errors.items() if error}
+    if asked:
+        model = next(iter(asked.values())).model
+        prompts = prompts_for(model, workload, WARM_UPS + workload.prompts)
+        figures |= run_first_token(asked, prompts, WORKLOAD_TIMEOUT_S)
+    for _, dtype, tokens in engines:
+        put_figures(record, dtype, workload, tokens, figures[dtype])
+
+
+def run_together(engines: Sequence[tuple[Server, str, list[Workload]]], record: Record) -> None:
+    """Measure times to the first token of engines that all run, and forget these workloads.
+
+    An engine that did not get ready keeps its workloads.
     """
     ready = []
-    for engine in engines:
+    for server, dtype, workloads in engines:
         with contextlib.suppress(ServerError):
-            engine[0].wait_until_ready(START_TIMEOUT_S)
-            ready.append((*engine, engine[0].capacity().num_tokens))
-    log = record.path.with_suffix(".client.log")
-    for workload in dict.fromkeys(
-        w for *_, workloads, _ in ready for w in workloads if w.turns > 1
-    ):
+            server.wait_until_ready(START_TIMEOUT_S)
+            ready.append((server, dtype, workloads, server.capacity().num_tokens))
+    wanted = dict.fromkeys(w for *_, workloads, _ in ready for w in workloads if w.first_token)
+    for workload in wanted:
         asked = [engine for engine in ready if workload in engine[2]]
-        figures: dict[str, list[dict[str, Any]]] = {dtype: [] for _, dtype, *_ in asked}
-        for turn in range(workload.turns):
-            for server, dtype, _, tokens in asked[:: -1 if turn % 2 else 1]:
-                fit = tokens // workload.request_tokens
-                figures[dtype].append(measure(server, workload, fit, log, client))
-        for _, dtype, workloads, tokens in asked:
-            fit = tokens // workload.request_tokens
-            row = {"clients": workload.clients(fit), "requests_that_fit": fit}
-            record.put_row(dtype, workload, row | median_of(figures[dtype]))
-            say(f"{dtype}: {workload.name}: {json.dumps(median_of(figures[dtype]))}")
+        measure_first_tokens([(server, d, n) for server, d, _, n in asked], workload, record)
+        for *_, workloads, _ in asked:
             workloads.remove(workload)
 
 
@@ -288,8 +289,9 @@ def run_engine(
     engine: dict[str, Any] = {}
     try:
         with server:
-            client.submit(import_client)  # while the engine starts
+            imported = client.submit(import_client)  # while the engine starts
             server.wait_until_ready(START_TIMEOUT_S)
+            imported.result()  # or it would run beside what is measured
             capacity = server.capacity()
             engine["capacity_tokens"] = capacity.num_tokens
             engine["memory_bytes"] = capacity.memory_bytes
@@ -298,13 +300,13 @@ def run_engine(
             say(f"{dtype}: {json.dumps(engine)}")
             log = record.path.with_suffix(".client.log")
             for workload in workloads:
-                fit = capacity.num_tokens // workload.request_tokens
-                figures = median_of(
-                    [measure(server, workload, fit, log, client) for _ in range(workload.turns)]
-                )
-                row = {"clients": workload.clients(fit), "requests_that_fit": fit, **figures}
-                record.put_row(dtype, workload, row)
-                say(f"{dtype}: {workload.name}: {json.dumps(figures)}")
+                tokens = capacity.num_tokens
+                if workload.first_token:
+                    measure_first_tokens([(server, dtype, tokens)], workload, record)
+                else:
+                    fit = tokens // workload.request_tokens
+                    figures = measure(server, workload, fit, log, client)
+                    put_figures(record, dtype, workload, tokens, figures)
                 if server.process.poll() is not None:
                     raise ServerError("vllm serve ended while it was measured")
     except ServerError as error:
@@ -313,26 +315,6 @@ def run_engine(
             reason += f": {last_error(log_text)}"
         record.put_engine(dtype, {**engine, "error": reason})
         say(f"{dtype}: {reason}")
-
-
-@contextlib.contextmanager
-def started(servers: Sequence[Server]) -> Iterator[None]:
-    """All servers at once, each ready, so that none starts while another is measured.
-
-    One that does not get ready says so again to whoever enters it or waits for it.
-    """
-    with contextlib.ExitStack() as running:
-        for server in servers:
-            with contextlib.suppress(ServerError):
-                running.enter_context(server)
-
-        def wait(server: Server) -> None:
-            with contextlib.suppress(ServerError):
-                server.wait_until_ready(START_TIMEOUT_S)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(wait, servers))
-        yield
 
 
 def device() -> dict[str, Any]:
@@ -421,7 +403,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--together",
         action="store_true",
-        help="start all engines at once, and measure one after the other when all are ready; "
+        help="start all engines at once, and measure when all are ready, times to the first token "
+        "in turn and all else one engine after the other; "
         "give each its part of the memory with --gpu-memory-utilization",
     )
     parser.add_argument(
@@ -479,12 +462,14 @@ def main() -> None:
         for dtype in options.dtypes:
             if missing := record.missing(dtype, options.workloads):
                 log = options.json.with_suffix(f".{dtype}.log")
-                server = Server(options.model.absolute(), dtype, arguments, log=log)
+                server = Server(
+                    options.model.absolute(), dtype, arguments, log=log, environment=ENVIRONMENT
+                )
                 engines.append((server, dtype, missing))
-        with started([server for server, *_ in engines] if options.together else []):
+        servers = [server for server, *_ in engines] if options.together else []
+        with started(servers, START_TIMEOUT_S):
             if options.together:
-                client.submit(import_client).result()
-                run_by_turns(engines, record, client)
+                run_together(engines, record)
             for server, dtype, missing in engines:
                 run_engine(server, dtype, missing, record, client)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from decode_client import Prompts, random_prompts
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Workload:
         concurrency: Requests at a time; None for as many as the cache holds.
         prompts: Requests in all; of decoding, the most at a time.
         decode: Whether decoding alone is measured.
-        turns: How often it is measured, by turns with other engines where these run, too.
+        first_token: Whether times to the first token alone are measured, of one request at a time,
+            and of other engines in turn where these run, too.
     """
 
     name: str
@@ -27,7 +32,7 @@ class Workload:
     concurrency: int | None
     prompts: int
     decode: bool = False
-    turns: int = 1
+    first_token: bool = False
 
     @classmethod
     def parse(cls, text: str, known: str = "requests") -> Workload:
@@ -65,6 +70,13 @@ class Workload:
         return min(min(wanted, fit) if self.decode else wanted, self.prompts)
 
 
+def prompts_for(model: Path, workload: Workload, count: int) -> Prompts:
+    """Random prompts of one workload."""
+    config = json.loads((model / "config.json").read_text())
+    vocab_size = config.get("text_config", config)["vocab_size"]
+    return random_prompts(workload.name, count, workload.input_tokens, vocab_size)
+
+
 def by_name(*workloads: Workload) -> dict[str, Workload]:
     """A set, in this order."""
     return {workload.name: workload for workload in workloads}
@@ -77,11 +89,10 @@ SETS = {
         Workload("16k-x1", 16384, 64, 1, 3),
         Workload("16k-x8", 16384, 64, 8, 16),
         Workload("fit", 2048, 256, None, 400),
-        # A few milliseconds matter, and drift.
-        Workload("ttft-512", 512, 1, 1, 9, turns=4),
-        Workload("ttft-2k", 2048, 1, 1, 9, turns=4),
-        Workload("ttft-8k", 8192, 1, 1, 7, turns=4),
-        Workload("ttft-16k", 16384, 1, 1, 5, turns=4),
+        Workload("ttft-512", 512, 1, 1, 40, first_token=True),
+        Workload("ttft-2k", 2048, 1, 1, 40, first_token=True),
+        Workload("ttft-8k", 8192, 1, 1, 30, first_token=True),
+        Workload("ttft-16k", 16384, 1, 1, 20, first_token=True),
     ),
     "decode": by_name(
         *(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference, reference_recent
-from vllm_turboquant.frame import plain_frame
+from vllm_turboquant.frame import make_frame, num_spans
 from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
 
 L2_BYTES = 256 << 20  # more than any L2 cache
@@ -118,8 +118,10 @@ def random_rows(shape: Shape, heads: int) -> Tensor:
 
 
 def random_frame(shape: Shape) -> Tensor:
-    """[kv_heads, 3, head_dim] float32: keys are only centered."""
-    return plain_frame(torch.randn(shape.kv_heads, shape.head_dim, device="cuda"))
+    """[kv_heads, 3 + num_spans, head_dim] float32, with a center for every span of a request."""
+    size = (shape.kv_heads, 3 + num_spans(shape.context), shape.head_dim)
+    center, sink, balance, *of_spans = torch.randn(size, device="cuda").unbind(dim=1)
+    return make_frame(center, sink, balance.exp2(), torch.stack(of_spans, dim=1))
 
 
 def lengths_and_starts(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -168,6 +170,11 @@ def last_slots(shape: Shape, table: Tensor) -> Tensor:
     return table[:, block].long() * shape.block_size + offset
 
 
+def last_positions(shape: Shape) -> Tensor:
+    """Position of every request's last token, [batch] int64."""
+    return torch.full((shape.batch,), shape.context - 1, device="cuda", dtype=torch.int64)
+
+
 def bench_turboquant(
     shape: Shape, window_units: int = WINDOW_UNITS, *, stores: bool = False
 ) -> float:
@@ -192,9 +199,11 @@ def bench_turboquant(
         rest += (*random_copies(shape, num_units, units), window_units)
     steps = [partial(ops.paged_attention, query, cache, table, *rest) for table in tables]
     if stores:
-        key, value = (random_rows(shape, shape.kv_heads) for _ in range(2))
+        names = ("key", "value", "positions")
+        rows = (random_rows(shape, shape.kv_heads) for _ in range(2))
+        new = dict(zip(names, (*rows, last_positions(shape)), strict=True))
         steps = [
-            partial(step, key=key, value=value, slot_mapping=last_slots(shape, table))
+            partial(step, slot_mapping=last_slots(shape, table), **new)
             for step, table in zip(steps, tables, strict=True)
         ]
     return time_graph_us(steps)
@@ -213,10 +222,10 @@ def bench_store(shape: Shape) -> float:
     blocks = torch.randperm(num_blocks, device="cuda")[: STORE_STEPS * shape.batch]
     slots = blocks * shape.block_size + (shape.context - 1) % shape.block_size
     num_units = num_blocks * shape.block_size // UNIT_TOKENS
-    copies_and_map = random_copies(shape, num_units, slots // UNIT_TOKENS)
+    rest = (*random_copies(shape, num_units, slots // UNIT_TOKENS), last_positions(shape))
     mappings = slots.view(STORE_STEPS, shape.batch)
     return time_graph_us(
-        [partial(ops.store, key, value, frame, cache, m, *copies_and_map) for m in mappings]
+        [partial(ops.store, key, value, frame, cache, mapping, *rest) for mapping in mappings]
     )
 
 

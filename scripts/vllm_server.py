@@ -19,8 +19,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 LOG_TAIL_LINES = 40
 PROGRESS_EVERY_S = 10.0
+ERROR_LINE = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")
 
 
 class ServerError(RuntimeError):
@@ -81,6 +83,17 @@ def vllm_command() -> str:
     """The `vllm` of this Python environment, or else the one on PATH."""
     beside_python = Path(sys.executable).with_name("vllm")
     return str(beside_python) if beside_python.exists() else shutil.which("vllm") or "vllm"
+
+
+def last_error(text: str) -> str:
+    """The last line that names an error, without vLLM's prefixes; where there is none, the last.
+
+    vLLM's own last words only point to a "root cause above", which is what this looks for.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    matches = filter(None, map(ERROR_LINE.search, lines))
+    errors = [match[0] for match in matches if "root cause above" not in match[0]]
+    return (errors or lines or ["no output"])[-1]
 
 
 class Server:
@@ -200,7 +213,7 @@ class Server:
 
     def capacity(self) -> Capacity:
         """Read the size of the KV cache from the running server's /metrics."""
-        text = self._http.get(f"{self.url}/metrics", timeout=30).text
+        text = self._get("/metrics").text
         line = re.search(r"^vllm:cache_config_info\{(.*)\}", text, re.MULTILINE)
         labels = dict(re.findall(r'(\w+)="([^"]*)"', line[1])) if line else {}
         try:
@@ -224,10 +237,7 @@ class Server:
         Raises:
             ServerError: The server does not answer.
         """
-        try:
-            text = self._http.get(f"{self.url}/metrics", timeout=30).text
-        except requests.RequestException as error:
-            raise ServerError(f"{self.url}/metrics does not answer ({error!r})") from error
+        text = self._get("/metrics").text
         name = "vllm:request_prefill_time_seconds"
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
         seconds, count = (
@@ -235,6 +245,14 @@ class Server:
             for part in ("sum", "count")
         )
         return seconds, int(count)
+
+    def max_tokens(self) -> int:
+        """Most tokens of a request, its answer included.
+
+        Raises:
+            ServerError: The server does not answer.
+        """
+        return int(self._get("/v1/models").json()["data"][0]["max_model_len"])
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         """Last lines of the log file; empty where the log goes to the terminal."""
@@ -272,6 +290,14 @@ class Server:
     ) -> None:
         self.stop()
 
+    def _get(self, path: str) -> requests.Response:
+        try:
+            response = self._http.get(f"{self.url}{path}", timeout=30)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}{path} does not answer ({error!r})") from error
+        return response
+
     def _is_healthy(self) -> bool:
         try:
             return self._http.get(f"{self.url}/health", timeout=5).status_code == 200
@@ -281,3 +307,23 @@ class Server:
     def _failure(self, what: str) -> str:
         tail = self.log_tail()
         return f"vllm serve {what}" + (f"; end of {self.log}:\n{tail}" if tail else "")
+
+
+@contextmanager
+def started(servers: Sequence[Server], timeout_s: float) -> Iterator[None]:
+    """All servers at once, each ready, so that none starts while another is measured.
+
+    One that does not get ready says so again to whoever enters it or waits for it.
+    """
+    with ExitStack() as running:
+        for server in servers:
+            with suppress(ServerError):
+                running.enter_context(server)
+
+        def wait(server: Server) -> None:
+            with suppress(ServerError):
+                server.wait_until_ready(timeout_s)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(wait, servers))
+        yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
-from vllm_turboquant.frame import CENTER, SINK
+from vllm_turboquant.frame import CENTER, FIRST_SPAN, SINK, near_origins
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import PagedBatch, assert_close, make_batch
 
@@ -45,6 +45,7 @@ CASES = {
     "more rows than a tile": Case((90, 64), (45, 33), 6, 2, 64),
     "rows that see nothing": Case((2, 5), (6, 3), 4, 2, 64),
     "long enough to split": Case((3000, 700), (1, 1), 4, 2, 64, 16),
+    "where spans meet": Case((511, 512, 513, 1030), (1, 1, 2, 40), 4, 2, 64, 48),
 }
 
 
@@ -119,21 +120,61 @@ def test_every_group_starts_from_its_own_origin(head_dim: int) -> None:
     assert (run(mixed)[0] - run(batch)[0])[:4].norm() > 0.1 * run(batch)[0][:4].norm()
 
 
+@pytest.mark.parametrize("at_sink", [False, True], ids=["no key", "every key"])
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_keys_that_equal_the_sink(head_dim: int) -> None:
+def test_keys_that_all_start_alike(head_dim: int, at_sink: bool) -> None:
+    batch = make_batch((70, 1100), (1, 3), 4, 2, head_dim)
+    scale = reference.block_arrays(batch.kv_cache, SlotLayout(head_dim))["key_scale"]
+    scale.copy_(scale.copysign(torch.tensor(-1.0 if at_sink else 1.0).half()))
+    check(batch)
+
+
+@pytest.mark.parametrize("num_spans", [0, 1, 3])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_keys_that_equal_an_origin(head_dim: int, num_spans: int) -> None:
     """Scales of 0 of either sign: a score is q . center or q . sink, and nothing else."""
-    batch = make_batch((40,), (1,), 4, 2, head_dim)
-    center, sink = batch.key_frame[:, CENTER], batch.key_frame[:, SINK]
-    at_sink = torch.arange(40) % 3 == 0
-    key = torch.where(at_sink[:, None, None], sink, center)
+    batch = make_batch((1100,), (1,), 4, 2, head_dim, num_spans=num_spans)
+    near, sink = near_origins(batch.key_frame, batch.positions), batch.key_frame[:, SINK]
+    at_sink = torch.arange(1100) % 3 == 0
+    key = torch.where(at_sink[:, None, None], sink, near)
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(1))
-    ops.store(key, value, batch.key_frame, batch.kv_cache, batch.slot_mapping)
+    ops.store(
+        *(key, value, batch.key_frame, batch.kv_cache, batch.slot_mapping),
+        positions=batch.positions,
+    )
     check(batch)
     _, lse = run(batch)
     query = batch.query[0].double().unflatten(0, (2, 2))
     score = batch.scale * torch.einsum("hrd,thd->hrt", query, key.double())
     want = score.logsumexp(dim=-1).flatten()
     torch.testing.assert_close(lse[:, 0].double(), want, rtol=BOUND, atol=BOUND)
+
+
+@pytest.mark.parametrize("num_spans", [0, 1, 3, 5])
+def test_numbers_of_spans(num_spans: int) -> None:
+    """More than the requests have, and fewer."""
+    check(make_batch((1700, 513, 40), (2, 1, 33), 6, 2, 64, num_spans=num_spans))
+
+
+def test_spans_around_the_center_change_nothing() -> None:
+    batch = make_batch((1100, 30), (1, 3), 4, 2, 128, num_spans=0)
+    center = batch.key_frame[:, CENTER, None].expand(-1, 3, -1)
+    key_frame = torch.cat([batch.key_frame, center], dim=1)
+    same = PagedBatch(**{**vars(batch), "key_frame": key_frame})
+    rows = batch.num_tokens
+    for got, want in zip(run(same), run(batch), strict=True):
+        assert_close(got[:rows], want[:rows], 1e-6)
+
+
+def test_only_centers_of_spans_that_are_reached_matter() -> None:
+    for seq_len, reached in ((512, 1), (528, 2)):
+        batch = make_batch((seq_len, 30), (1, 3), 4, 2, 64, num_spans=3)
+        out, lse = run(batch)
+        batch.key_frame[:, FIRST_SPAN + reached :] += 100
+        for got, want in zip(run(batch), (out, lse), strict=True):
+            assert torch.equal(got, want)
+        batch.key_frame[:, FIRST_SPAN + reached - 1] += 100
+        assert ((run(batch)[1] - lse)[:, 0].abs() > 1).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

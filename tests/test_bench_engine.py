@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import bench_engine
 import pytest
-import requests
-from bench_engine import Record, last_error, run_by_turns, run_engine, started
+from bench_engine import Record, run_engine, run_together
+from decode_client import Prompts
 from engine_workloads import QUICK, SETS, Workload
+from first_token_client import WARM_UPS
 from rich.console import Console
-from vllm_server import Capacity, Server, ServerError, vllm_command
+from vllm_server import Capacity, Server, ServerError, last_error, started, vllm_command
 
 SETUP = {"device": "A GPU", "vllm": "0.32.0"}
 SHORT = Workload("short", 32, 8, 4, 8)
 LONG = Workload("long", 64, 1, 1, 5)
 DECODE = Workload("decode", 32, 8, 16, 16, decode=True)
+FIRST = Workload("ttft", 32, 1, 1, 5, first_token=True)
 FIGURES = {"tokens_per_s": 100.0, "ttft_ms": 10.0, "itl_ms": 2.0, "itl_p99_ms": 3.0}
 
 # The ends of real logs, shortened.
@@ -40,10 +44,16 @@ resource_tracker.py:254: UserWarning: There appear to be 1 leaked shared_memory 
 class FakeServer:
     """A server that gets ready, or says why not, without an engine."""
 
-    url, port, name, model = "http://localhost:1", 1, "m", Path("m")
+    port, name, model = 1, "m", Path("m")
 
-    def __init__(self, log: str = "", failure: str = "", exit_code: int | None = None) -> None:
-        self.log, self.failure = log, failure
+    def __init__(
+        self,
+        log: str = "",
+        failure: str = "",
+        exit_code: int | None = None,
+        max_tokens: int | None = 100,
+    ) -> None:
+        self.log, self.failure, self.most = log, failure, max_tokens
         self.process = SimpleNamespace(poll=lambda: exit_code)
         self.start_s, self.events = 1.0, list[str]()
         self.stopped = False
@@ -65,6 +75,11 @@ class FakeServer:
         assert not self.failure, "nobody answers"
         return Capacity("auto", 400, 1 << 20)
 
+    def max_tokens(self) -> int:
+        if self.most is None:
+            raise ServerError("/v1/models does not answer")
+        return self.most
+
     def prefill_time(self) -> tuple[float, int]:
         self.prefills += 1  # four requests, two seconds, at every look
         return 2.0 * self.prefills, 4 * self.prefills
@@ -82,18 +97,41 @@ class FakeClient:
 
     def submit(self, function: Any, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        if function is bench_engine.run_client:
-            self.asked.append(arguments[0])
-            future.set_result(self.results.pop(0))
-        elif function is bench_engine.run_decode:
-            self.asked.append(arguments)
-            future.set_result(self.results.pop(0))
+        if function is bench_engine.import_client:
+            future.set_result(None)
+            return future
+        self.asked.append(arguments[0] if function is bench_engine.run_client else arguments)
+        future.set_result(self.results.pop(0))
         return future
 
 
-@pytest.fixture(autouse=True)
-def model_of_100_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_engine, "served_model", lambda url: ("m", 100))
+class FakeFirstTokens:
+    """Answers in the place of ``run_first_token``: 10 ms, and one more for every further engine."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Mapping[str, Any], Prompts, float]] = []
+        self.errors: dict[str, str] = {}
+        self.then: Callable[[], None] = lambda: None
+
+    def __call__(
+        self, servers: Mapping[str, Any], prompts: Prompts, timeout_s: float
+    ) -> dict[str, dict[str, Any]]:
+        self.asked.append((servers, prompts, timeout_s))
+        self.then()
+        rows: dict[str, dict[str, Any]] = {}
+        for ms, name in enumerate(servers, 10):
+            ttft = {"ttft_ms": float(ms), "ttft_p25_ms": ms - 1.0, "ttft_p75_ms": ms + 1.0}
+            rows[name] = {**ttft, "prefill_ms": 9.0}
+        return rows | {name: {"error": error} for name, error in self.errors.items()}
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeFirstTokens:
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 100}}')
+    monkeypatch.setattr(FakeServer, "model", tmp_path)
+    fake = FakeFirstTokens()
+    monkeypatch.setattr(bench_engine, "run_first_token", fake)
+    return fake
 
 
 @pytest.fixture
@@ -103,6 +141,13 @@ def record(tmp_path: Path) -> Record:
 
 def on_disk(record: Record) -> dict[str, Any]:
     return json.loads(record.path.read_text())
+
+
+def printed(*tables: Any) -> str:
+    console = Console(width=140, record=True)
+    for table in tables:
+        console.print(table)
+    return console.export_text()
 
 
 def test_workloads_are_read() -> None:
@@ -126,6 +171,14 @@ def test_decoding_is_measured_at_three_contexts_and_three_numbers_of_requests() 
     assert all(workload.request_tokens % 128 == 0 for workload in SETS["decode"].values())
     assert max(workload.request_tokens for workload in SETS["decode"].values()) == 32768
     assert all(set(names) <= set(SETS[name]) for name, names in QUICK.items())
+
+
+def test_first_tokens_are_those_of_one_request_at_a_time() -> None:
+    ours = {name: w for name, w in SETS["requests"].items() if w.first_token}
+    assert list(ours) == [name for name in SETS["requests"] if name.startswith("ttft-")]
+    assert all((w.output_tokens, w.clients(9)) == (1, 1) for w in ours.values())
+    assert all(w.prompts >= 20 for w in ours.values())  # fewer have no quartiles to speak of
+    assert not any(w.first_token for w in SETS["decode"].values())
 
 
 @pytest.mark.parametrize(("fit", "clients"), [(0, 1), (5, 5), (9, 8)])
@@ -180,64 +233,89 @@ def test_decoding_is_measured_by_its_own_client(record: Record, tmp_path: Path) 
     assert row.items() >= {"name": "decode", "decode": True, "clients": 10, **FIGURES}.items()
 
 
-def test_engines_are_measured_by_turns_back_and_forth(record: Record) -> None:
-    by_turns = Workload("ttft", 32, 1, 1, 5, turns=4)
-    client = FakeClient(*({**FIGURES, "ttft_ms": ms, "itl_ms": None} for ms in range(8)))
+def test_engines_that_run_together_are_asked_for_first_tokens_together(
+    record: Record, ask: FakeFirstTokens
+) -> None:
     first, failed, last = FakeServer(), FakeServer(failure="did not start"), FakeServer()
     engines = [
-        (server, dtype, [SHORT, by_turns])
+        (server, dtype, [SHORT, FIRST])
         for server, dtype in ((first, "auto"), (failed, "fp8"), (last, "turboquant3"))
     ]
-    run_by_turns(engines, record, client)
+    run_together(engines, record)
+    ((servers, prompts, timeout_s),) = ask.asked
+    assert servers == {"auto": first, "turboquant3": last}
+    assert [len(prompt) for prompt in prompts] == (WARM_UPS + 5) * [32]
+    assert all(0 <= token < 100 for prompt in prompts for token in prompt)
+    assert timeout_s == bench_engine.WORKLOAD_TIMEOUT_S
     rows = {row["kv_cache_dtype"]: row for row in on_disk(record)["rows"]}
     assert rows.keys() == {"auto", "turboquant3"}
-    assert rows["auto"]["ttft_ms_by_turn"] == [0, 3, 4, 7]
-    assert rows["turboquant3"]["ttft_ms_by_turn"] == [1, 2, 5, 6]
-    assert (rows["auto"]["ttft_ms"], rows["auto"]["itl_ms"], rows["auto"]["clients"]) == (
-        3.5,
-        None,
-        1,
-    )
-    assert [workloads for *_, workloads in engines] == [[SHORT], [SHORT, by_turns], [SHORT]]
+    shape = {"name": "ttft", "first_token": True, "clients": 1, "requests_that_fit": 400 // 33}
+    for index, row in enumerate(rows.values()):
+        assert row.items() >= {**shape, "ttft_ms": 10.0 + index, "prefill_ms": 9.0}.items()
+    assert [workloads for *_, workloads in engines] == [[SHORT], [SHORT, FIRST], [SHORT]]
 
 
-def test_an_engine_that_ends_does_not_end_the_turns_of_others(record: Record) -> None:
-    by_turns = Workload("ttft", 32, 1, 1, 5, turns=2)
-    engines = [
-        (FakeServer(exit_code=1), "auto", [by_turns]),
-        (FakeServer(), "turboquant3", [by_turns]),
-    ]
-    run_by_turns(engines, record, FakeClient(FIGURES, FIGURES))
+def test_an_engine_that_fails_does_not_end_the_measurement_of_others(
+    record: Record, ask: FakeFirstTokens
+) -> None:
+    ask.errors = {"int4": "HTTP 500: out of memory"}
+    servers = {
+        "auto": FakeServer(exit_code=1),
+        "mute": FakeServer(max_tokens=None),
+        "small": FakeServer(max_tokens=32),
+        "int4": FakeServer(),
+        "turboquant3": FakeServer(),
+    }
+    run_together([(server, dtype, [FIRST]) for dtype, server in servers.items()], record)
+    assert [list(asked) for asked, *_ in ask.asked] == [["int4", "turboquant3"]]
     rows = {row["kv_cache_dtype"]: row for row in on_disk(record)["rows"]}
-    assert rows["auto"]["error"] == "vllm serve has ended"
-    assert rows["turboquant3"]["ttft_ms_by_turn"] == [10.0, 10.0]
+    assert {dtype: row.get("error") for dtype, row in rows.items()} == {
+        "auto": "vllm serve has ended",
+        "mute": "/v1/models does not answer",
+        "small": "the model takes at most 32 tokens a request",
+        "int4": "HTTP 500: out of memory",
+        "turboquant3": None,
+    }
+    assert "failed" in printed(bench_engine.speed_table(list(rows.values())))
 
 
-def test_prefill_time_is_that_of_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "vllm:request_prefill_time_seconds"
-    lines = [f"# TYPE {name} histogram"]
-    for engine, (seconds, count) in enumerate(((1.5, 2), (2.0, 3))):
-        labels = f'{{engine="{engine}",model_name="m"}}'
-        lines += [f"{name}_count{labels} {count}.0", f"{name}_sum{labels} {seconds}"]
-    server = Server(Path("m"), "auto", [])
-    answer = SimpleNamespace(text="\n".join(lines) + "\n")
-    monkeypatch.setattr(server._http, "get", lambda *_, **__: answer)
-    assert server.prefill_time() == (3.5, 5)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise requests.ConnectionError("gone")
-
-    monkeypatch.setattr(server._http, "get", refuse)
-    with pytest.raises(ServerError, match="/metrics does not answer"):
-        server.prefill_time()
+def test_an_engine_without_a_capacity_is_left_to_its_own_measurement(
+    record: Record, ask: FakeFirstTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mute = FakeServer()
+    monkeypatch.setattr(mute, "capacity", Mock(side_effect=ServerError("does not answer")))
+    engines = [(mute, "auto", [FIRST]), (FakeServer(), "turboquant3", [FIRST])]
+    run_together(engines, record)
+    assert [list(asked) for asked, *_ in ask.asked] == [["turboquant3"]]
+    assert [workloads for *_, workloads in engines] == [[FIRST], []]
 
 
-def test_an_engine_alone_is_measured_as_often(record: Record) -> None:
-    by_turns = Workload("ttft", 32, 1, 1, 5, turns=2)
-    run_engine(FakeServer(), "auto", [by_turns], record, FakeClient(FIGURES, FIGURES))
-    assert on_disk(record)["rows"][0]["ttft_ms_by_turn"] == [10.0, 10.0]
-    run_engine(FakeServer(), "auto", [by_turns], record, FakeClient({"error": "gone"}, FIGURES))
-    assert on_disk(record)["rows"][0]["error"] == "gone"
+def test_an_engine_alone_is_asked_for_first_tokens_the_same_way(
+    record: Record, ask: FakeFirstTokens
+) -> None:
+    server, client = FakeServer(), FakeClient(FIGURES)
+    run_engine(server, "auto", [FIRST, SHORT], record, client)
+    ((servers, prompts, _),) = ask.asked
+    assert (servers, len(prompts)) == ({"auto": server}, WARM_UPS + 5)
+    first, short = on_disk(record)["rows"]
+    assert (first["ttft_ms"], first["ttft_p75_ms"]) == (10.0, 11.0)
+    assert short["ttft_ms"] == FIGURES["ttft_ms"] and len(client.asked) == 1
+    table = printed(bench_engine.speed_table([first, short]))
+    (line,) = (line for line in table.splitlines() if "ttft: 32/1" in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[2:] == ["auto", "-", "10.0 (1.00x)", "9.0 (1.00x)", "-", "-"]
+
+
+def test_an_engine_that_ends_while_first_tokens_are_measured_is_recorded(
+    record: Record, ask: FakeFirstTokens
+) -> None:
+    ask.errors = {"auto": "ConnectionError: gone"}
+    server = FakeServer(FAILED_CORE)
+    ask.then = lambda: setattr(server, "process", SimpleNamespace(poll=lambda: 1))
+    run_engine(server, "auto", [FIRST, SHORT], record, FakeClient())
+    written = on_disk(record)
+    assert [row["error"] for row in written["rows"]] == ["ConnectionError: gone"]
+    assert written["engines"]["auto"]["error"].startswith("vllm serve ended while it was measured")
 
 
 def test_an_engine_that_does_not_start_is_recorded_with_the_reason(record: Record) -> None:
@@ -303,15 +381,13 @@ def test_tables_compare_with_auto(record: Record) -> None:
         figures = {key: factor * value for key, value in FIGURES.items()}
         record.put_row(dtype, SHORT, {"clients": 4, "requests_that_fit": 3, **figures})
     record.put_engine("fp8", {"error": "no"})
-    console = Console(width=140, record=True)
-    console.print(bench_engine.capacity_table(record.data["engines"]))
-    console.print(bench_engine.speed_table(record.data["rows"]))
-    lines = console.export_text().splitlines()
-    engines = [line for line in lines if "turboquant3" in line or "fp8" in line]
-    assert "800 (2.00x)" in engines[0] and "failed" in engines[1]
-    assert "short: 32/8" in engines[2] and "4, 3 fit" in engines[2]
+    engines, rows = record.data["engines"], record.data["rows"]
+    tables = printed(bench_engine.capacity_table(engines), bench_engine.speed_table(rows))
+    lines = [line for line in tables.splitlines() if "turboquant3" in line or "fp8" in line]
+    assert "800 (2.00x)" in lines[0] and "failed" in lines[1]
+    assert "short: 32/8" in lines[2] and "4, 3 fit" in lines[2]
     for figure in ("200 (2.00x)", "20.0 (2.00x)", "4.00 (2.00x)", "6.00 (2.00x)"):
-        assert figure in engines[2]
+        assert figure in lines[2]
 
 
 def test_a_missing_plugin_is_said_before_anything_starts(
@@ -395,7 +471,7 @@ def test_a_log_that_cannot_be_written_is_named(
 def test_engines_that_start_together_are_all_ready_first() -> None:
     """One that does not get ready is left to its own measurement, which says so."""
     servers = [FakeServer(), FakeServer(failure="ended with exit code 1"), FakeServer()]
-    with started(servers):
+    with started(servers, 1.0):
         assert all(server.events == ["start", "wait"] for server in servers)
         assert not any(server.stopped for server in servers)
     assert all(server.stopped for server in servers)
@@ -414,7 +490,7 @@ def test_together_starts_all_engines_before_any_is_measured(
 
     monkeypatch.setattr(bench_engine, "Server", lambda *_, **__: next(unused))
     monkeypatch.setattr(bench_engine, "run_engine", measure)
-    monkeypatch.setattr(bench_engine, "run_by_turns", measure)
+    monkeypatch.setattr(bench_engine, "run_together", measure)
     monkeypatch.setattr(bench_engine, "has_plugin", lambda: True)
     arguments = ["m", "--json", str(tmp_path / "e.json"), "--dtypes", "auto", "turboquant3"]
     monkeypatch.setattr(sys, "argv", ["bench_engine.py", *arguments, *["--together"] * together])

@@ -158,14 +158,14 @@ def test_inputs_together_exceed_the_cache(num_bytes: int) -> None:
 
 
 def test_decode_steps_share_no_block(timed_steps: list[tuple[Any, ...]]) -> None:
-    shape = Shape(4, 2, 64, batch=3, context=40)  # 3 blocks a request
+    shape = Shape(4, 2, 64, batch=3, context=40)  # 3 blocks a request, all in one span
     kernel_timing.bench_turboquant(shape)
     copies = -(-(1 << 18) // (3 * 40 * 2 * 44))
     assert len(timed_steps) == copies
     _, cache, table, lengths, starts, frame = timed_steps[0][:6]
     assert table.shape == (3, 3)
     assert lengths.tolist() == [40] * 3 and starts.tolist() == [0, 1, 2, 3]
-    assert frame.shape == (2, 3, 64)
+    assert frame.shape == (2, 4, 64)
     tables = torch.cat([call[2].flatten() for call in timed_steps])
     assert sorted(tables.tolist()) == list(range(cache.shape[0]))
 
@@ -190,8 +190,9 @@ def test_steps_store_the_last_token_of_every_request(timed_steps: list[tuple[Any
     shape = Shape(4, 2, 64, batch=3, context=40)
     kernel_timing.bench_turboquant(shape, stores=True)
     for call in timed_steps:
-        table, (key, value, slots) = call[2], call[-3:]
+        table, (slots, key, value, positions) = call[2], call[-4:]
         assert key.shape == value.shape == (3, 2, 64)
+        assert positions.tolist() == [39] * 3
         assert slots.tolist() == [int(row[39 // 16]) * 16 + 39 % 16 for row in table]
 
 
@@ -205,10 +206,11 @@ def test_store_steps_share_no_block(timed_steps: list[tuple[Any, ...]]) -> None:
     shape = Shape(4, 2, 64, batch=3, context=40)
     kernel_timing.bench_store(shape)
     assert len(timed_steps) == kernel_timing.STORE_STEPS
-    key, value, frame, cache, slots, recent, unit_map = timed_steps[0]
+    key, value, frame, cache, slots, recent, unit_map, positions = timed_steps[0]
     assert key.shape == value.shape == (3, 2, 64)
-    assert frame.shape == (2, 3, 64)
+    assert frame.shape == (2, 4, 64)
     assert slots.shape == (3,) and slots.dtype == torch.int64
+    assert positions.tolist() == [39] * 3
     slots = torch.cat([call[4] for call in timed_steps])
     places = unit_map[slots // 16] >> 16
     assert sorted(places.tolist()) == list(range(1, len(recent) + 1))  # each a copy of its own

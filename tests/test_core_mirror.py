@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_turboquant import ops  # noqa: F401  (registers torch.ops.turboquant)
+from vllm_turboquant import ops
 from vllm_turboquant.codebook import solve_codebook
-from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.frame import FIRST_SPAN
+from vllm_turboquant.layout import SPAN_TOKENS, SlotLayout
+from vllm_turboquant.reference import block_arrays
 from vllm_turboquant.rotation import ROTATION
+from vllm_turboquant.testing import empty_cache, random_frame
 
 
 def constants(head_dim: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,3 +53,19 @@ def test_codebook(group: int) -> None:
 def test_sign_diagonals() -> None:
     expected = torch.stack([ROTATION.key, ROTATION.residual, ROTATION.value])
     assert torch.equal(constants(128, 16)[2], expected)
+
+
+def test_length_of_spans() -> None:
+    """Keys that equal the center of a span have a scale of 0 at its positions, and only there."""
+    num_spans = 4
+    key_frame = random_frame(1, 64, torch.Generator().manual_seed(0), num_spans)
+    for span in range(num_spans):
+        first = span * SPAN_TOKENS
+        positions = torch.tensor([first - 1, first, first + SPAN_TOKENS - 1, first + SPAN_TOKENS])
+        positions = positions[positions >= 0]
+        key = key_frame[:, FIRST_SPAN + span].expand(len(positions), 1, 64)
+        cache, slots = empty_cache(1, 1, 16, 64), torch.arange(len(positions))
+        ops.store(key, key, key_frame, cache, slots, positions=positions)
+        scale = block_arrays(cache, SlotLayout(64))["key_scale"][0, 0, 0, : len(positions)]
+        own = (positions // SPAN_TOKENS).clamp(max=num_spans - 1) == span
+        assert torch.equal(scale == 0, own), span

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
-from vllm_turboquant.frame import CENTER, SINK
+from vllm_turboquant.frame import BALANCE, SINK, near_origins
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import random_frame
 
@@ -30,7 +30,7 @@ class Case:
     block_table: Tensor  # [num_reqs, max_blocks]
     seq_lens: Tensor  # [num_reqs]
     query_start_loc: Tensor  # [num_reqs + 1]
-    key_frame: Tensor  # [num_kv_heads, 3, head_dim]
+    key_frame: Tensor  # [num_kv_heads, 3 + num_spans, head_dim]
     scale: float
     causal: bool = True
 
@@ -46,6 +46,7 @@ def make_case(
     sharpness: float = 1.0,
     max_blocks: int = 0,
     seed: int = 0,
+    num_spans: int = 2,
 ) -> Case:
     """Random codes in shuffled blocks, a fifth of the key groups at the sink; the rest is poison.
 
@@ -91,7 +92,7 @@ def make_case(
         block_table=table,
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         query_start_loc=starts,
-        key_frame=random_frame(num_kv_heads, head_dim, generator),
+        key_frame=random_frame(num_kv_heads, head_dim, generator, num_spans),
         scale=head_dim**-0.5,
     )
 
@@ -148,34 +149,36 @@ def key_sink_bits(cache: Tensor, head_dim: int) -> Tensor:
 def test_store_writes_the_bytes_of_the_cpu(
     head_dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
-    """In a random frame, with keys everywhere between its origins."""
+    """In a random frame, with keys of any position everywhere between its origins."""
     generator = torch.Generator().manual_seed(head_dim + block_size)
     num_tokens, num_kv_heads, num_blocks = 200, 3, 20
     layout = SlotLayout(head_dim)
     # Rows of a fused projection: strides that are no multiple of the head's size.
     fused = torch.randn(num_tokens, 2 * num_kv_heads * head_dim + 24, generator=generator) * 3
-    key_frame = random_frame(num_kv_heads, head_dim, generator)
-    center, sink, balance = key_frame.unbind(dim=1)
+    key_frame = random_frame(num_kv_heads, head_dim, generator, num_spans=3)
+    positions = torch.randint(0, 2000, (num_tokens,), generator=generator)
+    near, sink = near_origins(key_frame, positions), key_frame[:, SINK]
     keys = fused[:, 8:-16].chunk(2, dim=1)[0].unflatten(1, (num_kv_heads, head_dim))
     way = torch.rand(num_tokens, num_kv_heads, 1, generator=generator)
-    keys.copy_(keys / balance + center + way * (sink - center))
+    keys.copy_(keys / key_frame[:, BALANCE] + near + way * (sink - near))
     fused[5] = 0
-    keys[6], keys[8] = center, sink
+    keys[6], keys[8] = near[6], sink
     key, value = (
         part.unflatten(1, (num_kv_heads, head_dim))
         for part in fused.to(dtype)[:, 8:-16].chunk(2, dim=1)
     )
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
-    slots[::7] = -1
+    slots[::7], positions[::7] = -1, -1
     shape = (num_blocks, num_kv_heads, block_size, layout.slot_bytes)
     want = torch.full(shape, POISON, dtype=torch.uint8)
     got = want.cuda()
-    ops.store(key, value, key_frame, want, slots)
+    ops.store(key, value, key_frame, want, slots, positions=positions)
     fused_gpu = fused.to(dtype).cuda()
     key, value = (
         part.unflatten(1, (num_kv_heads, head_dim)) for part in fused_gpu[:, 8:-16].chunk(2, dim=1)
     )
-    ops.store(key, value, key_frame.cuda(), got, slots.cuda())
+    on_gpu = key_frame.cuda(), got, slots.cuda()
+    ops.store(key, value, *on_gpu, positions=positions.cuda())
     assert torch.equal(got.cpu(), want)
     written = slots[slots >= 0]
     at_sink = key_sink_bits(want, head_dim)[written // block_size, ..., written % block_size]
@@ -215,6 +218,16 @@ def test_block_sizes_and_ragged_lengths(head_dim: int, block_size: int) -> None:
     check_attention(make_case(lengths, head_dim=head_dim, block_size=block_size, seed=2))
 
 
+@pytest.mark.parametrize("num_spans", [0, 1, 3, 40])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_numbers_of_spans(head_dim: int, num_spans: int) -> None:
+    """More than the requests have, and fewer; lengths around their borders."""
+    lengths = [511, 512, 513, 1030, 1600, 20_000]
+    check_attention(make_case(lengths, head_dim=head_dim, num_spans=num_spans, seed=18))
+    rows = [5, 1, 16, 10, 3, 4]
+    check_attention(make_case(lengths, rows, head_dim=head_dim, num_spans=num_spans, seed=19))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(dtype: torch.dtype) -> None:
     check_attention(make_case([100, 2000], dtype=dtype, seed=3))
@@ -251,18 +264,19 @@ def test_origins_are_seen(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_keys_that_equal_an_origin(head_dim: int) -> None:
     """Scales of 0 of either sign: a score is q . center or q . sink, and nothing else."""
-    case = make_case([500, 40], head_dim=head_dim, seed=15)
+    case = make_case([1100, 40], head_dim=head_dim, seed=15)
     scale = reference.block_arrays(case.kv_cache, SlotLayout(head_dim))["key_scale"]
     scale.copy_(torch.zeros(()).half().copysign(scale))
     check_attention(case)
     _, lse = attend(case)
-    center, sink, _ = case.key_frame.double().unbind(dim=1)
-    for req, seq_len in enumerate((500, 40)):
+    key_frame = case.key_frame.double()
+    for req, seq_len in enumerate((1100, 40)):
         code, _ = reference.load(
             case.kv_cache, case.block_table[req], seq_len, SlotLayout(head_dim)
         )
         at_sink = code.at_sink.repeat_interleave(SlotLayout(head_dim).group, dim=-1)
-        key = torch.where(at_sink, sink, center)
+        near = near_origins(key_frame, torch.arange(seq_len))
+        key = torch.where(at_sink, key_frame[:, SINK], near)
         query = case.query[req].double().unflatten(0, (2, 4))
         want = torch.einsum("hrd,thd->hrt", query, key).mul(case.scale).logsumexp(dim=-1)
         torch.testing.assert_close(lse[:, req].double(), want.flatten(), atol=1e-4, rtol=1e-5)
@@ -378,7 +392,8 @@ def test_scratch_is_used_where_it_is_given() -> None:
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc)
     arguments = [x.cuda() for x in (*tensors, case.key_frame)]
     num_tokens, num_heads, head_dim = case.query.shape
-    enough = ops.paged_attention_scratch_bytes(3, num_tokens, num_heads, 2, head_dim)
+    room = case.block_table.shape[1] * case.kv_cache.shape[2]
+    enough = ops.paged_attention_scratch_bytes(3, num_tokens, num_heads, 2, head_dim, room)
     scratch = torch.full((enough,), POISON, dtype=torch.uint8, device="cuda")
     out = torch.full_like(want, torch.nan, device="cuda")
     lse = torch.full_like(want_lse, torch.nan, device="cuda")
@@ -422,14 +437,15 @@ def test_refusals_name_the_argument(argument: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_keys_that_equal_an_origin_come_back_exactly(head_dim: int) -> None:
-    case = make_case([40], head_dim=head_dim, seed=16)
+    case = make_case([1100], head_dim=head_dim, seed=16)
     scale = reference.block_arrays(case.kv_cache, SlotLayout(head_dim))["key_scale"]
     scale.copy_(torch.zeros(()).half().copysign(scale))
-    code, _ = reference.load(case.kv_cache, case.block_table[0], 40, SlotLayout(head_dim))
+    code, _ = reference.load(case.kv_cache, case.block_table[0], 1100, SlotLayout(head_dim))
     at_sink = code.at_sink.repeat_interleave(SlotLayout(head_dim).group, dim=-1)
-    key, value = torch.full((2, 40, 2, head_dim), torch.nan, device="cuda")
-    rows = torch.tensor([0, 40], dtype=torch.int32)
+    key, value = torch.full((2, 1100, 2, head_dim), torch.nan, device="cuda")
+    rows = torch.tensor([0, 1100], dtype=torch.int32)
     arguments = (case.kv_cache, case.block_table, rows[:1], rows, case.key_frame)
     ops.dequantize(*(x.cuda() for x in arguments), key, value)
-    want = torch.where(at_sink, case.key_frame[:, SINK], case.key_frame[:, CENTER])
+    near = near_origins(case.key_frame, torch.arange(1100))
+    want = torch.where(at_sink, case.key_frame[:, SINK], near)
     assert torch.equal(key.cpu(), want)

@@ -10,12 +10,15 @@ from tests.vectors import normal, seeded, split
 from vllm_turboquant.frame import (
     BALANCE,
     CENTER,
+    FIRST_SPAN,
     SINK,
     make_frame,
+    near_origins,
+    num_spans,
     plain_frame,
     relative_frame,
 )
-from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.layout import SPAN_TOKENS, SlotLayout
 from vllm_turboquant.reference import (
     KeyCode,
     block_arrays,
@@ -47,6 +50,79 @@ def test_parts() -> None:
     assert torch.equal(frame[:, SINK], sink.float())
     assert torch.equal(frame[:, BALANCE], balance.float())
     assert torch.equal(plain_frame(center), make_frame(center, center, torch.ones(4, 64)))
+    of_spans = normal(4, 5, 64, seed=1).double()
+    with_spans = make_frame(center, sink, balance, of_spans)
+    assert with_spans.shape == (4, 8, 64)
+    assert with_spans.dtype == torch.float32
+    assert torch.equal(with_spans[:, :FIRST_SPAN], frame)
+    assert torch.equal(with_spans[:, FIRST_SPAN:], of_spans.float())
+
+
+def test_spans_of_a_context() -> None:
+    assert [num_spans(n) for n in (0, 1, 512, 513, 8192)] == [0, 1, 1, 2, 16]
+
+
+def test_positions_have_the_center_of_their_span() -> None:
+    """Those past the last span have that of the last."""
+    key_frame = random_frame(2, 64, seeded(1), num_spans=3)
+    positions = [0, 511, 512, 1023, 1024, 1535, 1536, 10**6]
+    origins = near_origins(key_frame, torch.tensor(positions))
+    assert origins.shape == (8, 2, 64)
+    for origin, span in zip(origins, [0, 0, 1, 1, 2, 2, 2, 2], strict=True):
+        assert torch.equal(origin, key_frame[:, FIRST_SPAN + span])
+    plain = key_frame[:, :FIRST_SPAN]
+    for given in (torch.tensor(positions), None):
+        assert torch.equal(near_origins(plain, given), plain[:, CENTER])
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_a_span_is_only_another_center(head_dim: int) -> None:
+    """Every key has the code, and its code stands for the key, of a frame with that center."""
+    layout = SlotLayout(head_dim)
+    key_frame = random_frame(2, head_dim, seeded(1), num_spans=3)
+    positions = torch.randint(0, 4 * SPAN_TOKENS, (200,), generator=seeded(2))
+    key = 3 * normal(200, 2, head_dim, seed=3)
+    query = normal(4, 2, 3, head_dim, seed=4).double()
+    code = encode_keys(key, key_frame, layout, positions=positions)
+    assert code.at_sink.any() and not code.at_sink.all()
+    decoded = decode_keys(code, key_frame, layout, positions=positions)
+    scores = score_codes(query, code, key_frame, layout, positions)
+    for span in range(3):
+        its = (positions // SPAN_TOKENS).clamp(max=2) == span
+        frame = key_frame[:, :FIRST_SPAN].clone()
+        frame[:, CENTER] = key_frame[:, FIRST_SPAN + span]
+        alone = encode_keys(key[its], frame, layout)
+        assert_same_code(KeyCode(*(part[its] for part in vars(code).values())), alone)
+        assert torch.equal(decoded[its], decode_keys(alone, frame, layout))
+        torch.testing.assert_close(
+            scores[..., its], score_codes(query, alone, frame, layout), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_spans_around_the_center_change_nothing() -> None:
+    layout = SlotLayout(128)
+    key_frame, key = random_frame(2, 128, seeded(1)), 3 * normal(50, 2, 128)
+    same = make_frame(*key_frame.unbind(dim=1), key_frame[:, CENTER, None].expand(-1, 4, -1))
+    positions = 60 * torch.arange(50)
+    want = encode_keys(key, key_frame, layout)
+    assert_same_code(encode_keys(key, same, layout, positions=positions), want)
+    # Without spans, positions do not matter.
+    assert_same_code(encode_keys(key, key_frame, layout, positions=positions), want)
+
+
+def test_spans_need_positions() -> None:
+    layout = SlotLayout(64)
+    key_frame, key = random_frame(1, 64, seeded(1), num_spans=1), normal(16, 1, 64)
+    code = encode_keys(key, key_frame, layout, positions=torch.arange(16))
+    cache = torch.zeros(1, 1, 16, layout.slot_bytes, dtype=torch.uint8)
+    for run in (
+        lambda: encode_keys(key, key_frame, layout),
+        lambda: decode_keys(code, key_frame, layout),
+        lambda: score_codes(normal(1, 1, 1, 64), code, key_frame, layout),
+        lambda: store(key, key, key_frame, cache, torch.arange(16)),
+    ):
+        with pytest.raises(ValueError, match="centers of spans needs the positions of keys"):
+            run()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -171,21 +247,27 @@ def test_balancing_by_powers_of_two_is_coding_stretched_keys(head_dim: int) -> N
     assert ((of_stretched - exact).abs() <= 2 * head_dim * DOUBLE * size).all()
 
 
+@pytest.mark.parametrize("spans", [0, 1, 3])
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_relative_frame_is_that_of_keys_less_their_center(head_dim: int) -> None:
-    """Codes made in a frame, read in its relative one, are the keys less the center."""
+def test_relative_frame_is_that_of_keys_less_their_center(head_dim: int, spans: int) -> None:
+    """Codes made in a frame, read in its relative one, are the keys less the frame's center."""
     layout = SlotLayout(head_dim)
-    key_frame = random_frame(2, head_dim, seeded(1))
-    key_frame[:, :BALANCE] = (64 * key_frame[:, :BALANCE]).round() / 64  # differences are exact
-    center, sink, balance = key_frame.unbind(dim=1)
+    key_frame = random_frame(2, head_dim, seeded(1), spans)
+    origins = [row for row in range(FIRST_SPAN + spans) if row != BALANCE]
+    key_frame[:, origins] = (64 * key_frame[:, origins]).round() / 64  # differences are exact
+    center, sink, balance = key_frame[:, :FIRST_SPAN].unbind(dim=1)
     relative = relative_frame(key_frame)
-    assert torch.equal(relative, make_frame(torch.zeros_like(center), sink - center, balance))
+    of_spans = key_frame[:, FIRST_SPAN:] - center[:, None]
+    want = make_frame(torch.zeros_like(center), sink - center, balance, of_spans)
+    assert torch.equal(relative, want)
     at_sink = torch.arange(40)[:, None, None] % 4 == 0
-    key = normal(40, 2, head_dim, seed=2) / balance + torch.where(at_sink, sink, center)
-    code = encode_keys(key, key_frame, layout)
+    positions = 40 * torch.arange(40)
+    near = near_origins(key_frame, positions)
+    key = normal(40, 2, head_dim, seed=2) / balance + torch.where(at_sink, sink, near)
+    code = encode_keys(key, key_frame, layout, positions=positions)
     assert code.at_sink.any() and not code.at_sink.all()
-    less = decode_keys(code, relative, layout)
-    decoded = decode_keys(code, key_frame, layout)
+    less = decode_keys(code, relative, layout, positions=positions)
+    decoded = decode_keys(code, key_frame, layout, positions=positions)
     rounding = DOUBLE * (2 * less.abs() + decoded.abs())  # of three additions
     assert ((less - (decoded - center.double())).abs() <= rounding).all()
 

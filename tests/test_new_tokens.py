@@ -13,6 +13,7 @@ from tests.test_ops import attention_arguments, store_arguments
 from tests.test_recent import DEVICES, RecentBatch, on, with_copies
 from tests.vectors import seeded
 from vllm_turboquant import ops
+from vllm_turboquant.frame import FIRST_SPAN
 from vllm_turboquant.testing import PagedBatch, make_batch
 
 #: Decode steps that follow each other before anyone waits for the device.
@@ -24,6 +25,7 @@ BATCHES = {
     "a few": (700, 33, 0, 16, 160),
     "many": (48, 17, 300, 1) * 20,
     "shared": (97, 96),
+    "where spans meet": (512, 513, 514, 1024, 1025, 1700),  # the last two belong to one of two
 }
 SHAPES = [(6, 2, 128), (9, 3, 64), (4, 2, 256)]
 
@@ -46,6 +48,7 @@ class Steps:
         case: Its cache and copies belong to these steps alone.
         query: [num_reqs, num_heads, head_dim].
         slot_mapping: [num_reqs] int64, of the newest tokens; -1 where there is none.
+        positions: [num_reqs] int64, likewise.
         results: Outputs and log-sum-exps of the steps so far, in turn.
     """
 
@@ -62,6 +65,7 @@ class Steps:
         )
         self.query = batch.query[: batch.num_tokens]
         self.slot_mapping = torch.where(batch.seq_lens > 0, slots, -1)
+        self.positions = batch.seq_lens.long() - 1
         self.results: list[Tensor] = []
 
     def run(self, key: Tensor, value: Tensor, *, at_once: bool) -> tuple[Tensor, Tensor]:
@@ -69,8 +73,11 @@ class Steps:
         case, batch = self.case, self.case.batch
         copies = (case.recent, case.unit_map) if case.window_units else (None, None)
         if not at_once:
-            ops.store(key, value, batch.key_frame, batch.kv_cache, self.slot_mapping, *copies)
-        new = (key, value, self.slot_mapping) if at_once else ()
+            ops.store(
+                *(key, value, batch.key_frame, batch.kv_cache, self.slot_mapping, *copies),
+                positions=self.positions,
+            )
+        new = (key, value, self.slot_mapping, self.positions) if at_once else ()
         return attend(batch, self.query, torch.nan, *copies, case.window_units, 0, *new)
 
 
@@ -135,9 +142,10 @@ def test_what_is_new_may_be_shared(
         batch = steps.case.batch
         batch.block_table[0, : completes // 16] = batch.block_table[1, : completes // 16]
         # The window of the one begins a unit after that of the other, whose codes are poisoned.
-        slots = batch.slot_mapping[joins + completes - 48 :][:16]
+        tokens = slice(joins + completes - 48, joins + completes - 32)
+        slots, positions = batch.slot_mapping[tokens], batch.positions[tokens]
         key, value = torch.ones(2, 16, *shape[1:], device=device)
-        ops.store(key, value, batch.key_frame, batch.kv_cache, slots)
+        ops.store(key, value, batch.key_frame, batch.kv_cache, slots, positions=positions)
         for key, value in new:
             steps.results += steps.run(key, value, at_once=at_once)
     check_equal(together, apart)
@@ -178,8 +186,8 @@ def test_nothing_but_padding(device: str) -> None:
     batch = on(device, make_batch((40, 20), (0, 0), 6, 2, 128))
     before = batch.kv_cache.clone()
     key, value = torch.randn(2, 2, 2, 128, device=device)
-    slots = torch.full((2,), -1, device=device)
-    out, lse = attend(batch, batch.query, 7.0, None, None, 0, 0, key, value, slots)
+    none = torch.full((2,), -1, device=device)
+    out, lse = attend(batch, batch.query, 7.0, None, None, 0, 0, key, value, none, none)
     assert torch.equal(before, batch.kv_cache)
     assert (out == 7).all() and (lse == 7).all()
 
@@ -195,10 +203,21 @@ def test_arguments_come_together() -> None:
             ops.paged_attention(**arguments, **some)
 
 
+def test_positions_may_be_left_out_only_without_spans() -> None:
+    arguments, new = attention_arguments(), store_arguments()
+    some = {name: new[name][:2] for name in ("key", "value", "slot_mapping")}
+    with pytest.raises(RuntimeError, match="positions must be given for a key_frame with 2 spans"):
+        ops.paged_attention(**arguments, **some)
+    with pytest.raises(RuntimeError, match="positions is int32, expected int64"):
+        ops.paged_attention(**arguments, **some, positions=new["positions"][:2].int())
+    arguments["key_frame"] = arguments["key_frame"][:, :FIRST_SPAN].contiguous()
+    ops.paged_attention(**arguments, **some)
+
+
 def test_opcheck() -> None:
     arguments = attention_arguments()
     new = store_arguments()
-    some = {name: new[name][:2] for name in ("key", "value", "slot_mapping")}
+    some = {name: new[name][:2] for name in ("key", "value", "slot_mapping", "positions")}
     torch.library.opcheck(
         torch.ops.turboquant.paged_attention.default, tuple(arguments.values()), some
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops
+from vllm_turboquant.frame import FIRST_SPAN
 from vllm_turboquant.testing import make_batch
 
 Arguments = dict[str, Any]
@@ -25,6 +26,9 @@ def store_arguments() -> Arguments:
         "key_frame": batch.key_frame,
         "kv_cache": batch.kv_cache,
         "slot_mapping": batch.slot_mapping,
+        "recent": None,
+        "unit_map": None,
+        "positions": batch.positions,
     }
 
 
@@ -122,8 +126,9 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("store", "key", last_axis_strided, "key has stride 2 along head_dim, expected 1"),
     ("store", "value", lambda x: x[:, :1], "value has shape [20, 1, 64], expected [any, 2, 64]"),
     ("store", "key_frame", half, "key_frame is float16, expected float32"),
-    ("store", "key_frame", lambda x: x[:1], "key_frame has shape [1, 3, 64], expected [2, 3, 64]"),
-    ("store", "key_frame", lambda x: x[:, 0], "key_frame has shape [2, 64], expected [2, 3, 64]"),
+    ("store", "key_frame", lambda x: x[:1], "key_frame has shape [1, 5, 64], expected [2, any, 64"),
+    ("store", "key_frame", lambda x: x[:, 0], "key_frame has shape [2, 64], expected [2, any, 64]"),
+    ("store", "key_frame", lambda x: x[:, :2], "key_frame has 2 rows, expected 3 or more"),
     ("store", "key_frame", last_axis_strided, "key_frame must be contiguous"),
     ("store", "kv_cache", lambda x: x.short(), "kv_cache is another dtype, expected uint8"),
     ("store", "kv_cache", lambda x: x[..., :43], "expected [any, any, any, 44]"),
@@ -138,6 +143,15 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("store", "slot_mapping", lambda x: x.int(), "slot_mapping is int32, expected int64"),
     ("store", "slot_mapping", lambda x: x.repeat(2)[::2], "slot_mapping must be contiguous"),
     ("store", "slot_mapping", with_value(3, 9999), "slot_mapping has slot 9999, kv_cache has 64"),
+    ("store", "positions", lambda x: x.int(), "positions is int32, expected int64"),
+    (
+        "store",
+        "positions",
+        lambda x: x[:19],
+        "has 19 elements, expected at least slot_mapping's 20",
+    ),
+    ("store", "positions", lambda x: x.repeat(2)[::2], "positions must be contiguous"),
+    ("store", "positions", lambda _: None, "positions must be given for a key_frame with 2 spans"),
     ("paged_attention", "query", lambda x: x[..., :48], "head_dim is 48, supported: 64, 128, 256"),
     ("paged_attention", "query", lambda x: x[:, :3], "3 heads, expected a positive multiple"),
     ("paged_attention", "query", lambda x: x[:, :0], "0 heads, expected a positive multiple"),
@@ -148,7 +162,7 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("paged_attention", "query_start_loc", lambda x: x[:2], "query_start_loc has shape [2]"),
     ("paged_attention", "query_start_loc", with_value(2, 99), "query_start_loc ends at row 99"),
     ("paged_attention", "key_frame", double, "key_frame is float64, expected float32"),
-    ("paged_attention", "key_frame", lambda x: x[:, :2], "shape [2, 2, 64], expected [2, 3, 64]"),
+    ("paged_attention", "key_frame", lambda x: x[:, :2], "key_frame has 2 rows, expected 3 or"),
     ("paged_attention", "key_frame", parts_first, "key_frame must be contiguous"),
     ("paged_attention", "out", double, "out is float64, expected float32, float16 or bfloat16"),
     ("paged_attention", "out", lambda x: x[:2], "query, out and lse have 6, 2 and 6"),
@@ -158,7 +172,8 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("dequantize", "seq_starts", with_value(0, 40), "seq_starts asks for tokens up to 60"),
     ("dequantize", "seq_starts", with_value(1, -1), "seq_starts asks for tokens up to 6"),
     ("dequantize", "key_frame", half, "key_frame is float16, expected float32"),
-    ("dequantize", "key_frame", lambda x: x[..., :32], "shape [2, 3, 32], expected [2, 3, 64]"),
+    ("dequantize", "key_frame", lambda x: x[..., :32], "shape [2, 5, 32], expected [2, any, 64]"),
+    ("dequantize", "key_frame", lambda x: x[:, :2], "key_frame has 2 rows, expected 3 or more"),
     ("dequantize", "key_frame", parts_first, "key_frame must be contiguous"),
     ("dequantize", "key_out", double, "key_out is float64"),
     ("dequantize", "value_out", lambda x: x[:20], "key_out and value_out have 27 and 20"),
@@ -189,6 +204,15 @@ def test_refusals(
     given[argument] = change(given[argument])
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
         run(*given.values())
+
+
+def test_frames_without_spans_need_no_positions() -> None:
+    given = store_arguments()
+    given["key_frame"] = given["key_frame"][:, :FIRST_SPAN].contiguous()
+    ops.store(**{**given, "positions": None})
+    without = given["kv_cache"].clone()
+    ops.store(**given)
+    assert torch.equal(given["kv_cache"], without)
 
 
 def test_a_missing_library_is_named_with_the_remedy(

@@ -14,7 +14,7 @@ from tests.schedules import Schedule, Step
 from tests.test_attention import BOUND, CASES, Case
 from tests.vectors import normal, seeded
 from vllm_turboquant import ops, reference, reference_recent
-from vllm_turboquant.frame import BALANCE, SINK, plain_frame
+from vllm_turboquant.frame import BALANCE, SINK, near_origins, plain_frame
 from vllm_turboquant.layout import UNIT_TOKENS, SlotLayout
 from vllm_turboquant.testing import (
     POISON_BYTE,
@@ -107,17 +107,21 @@ def test_assign(num_places: int, block_size: int, window_units: int, device: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (128, 48), (256, 32)])
 def test_bytes_of_copies(head_dim: int, block_size: int, dtype: torch.dtype, device: str) -> None:
-    """Random frames, keys everywhere between their origins; some units have no place."""
+    """Random frames, keys everywhere between their origins; some units have no place. Positions
+    have nothing to do with slots, and end behind the last span."""
     generator = seeded(head_dim)
     key, value = torch.randn(2, 700, 3, head_dim, generator=generator)
-    key_frame = random_frame(3, head_dim, generator)
-    center, sink, balance = key_frame.unbind(dim=1)
+    key_frame = random_frame(3, head_dim, generator, num_spans=3)
+    positions = torch.randint(0, 2000, (700,), generator=generator)
+    near, sink = near_origins(key_frame, positions), key_frame[:, SINK]
     way = torch.rand(700, 3, 1, generator=generator)
-    key = 3 * key / balance + center + way * (sink - center)
-    key[3], value[3] = center, 0
+    key = 3 * key / key_frame[:, BALANCE] + near + way * (sink - near)
+    key[3], value[3] = near[3], 0
     slots = torch.randperm(720, generator=generator)[:700]
-    slots[::9] = -1
-    recent = check_store(key.to(dtype), value.to(dtype), key_frame, slots, block_size, device)
+    slots[::9], positions[::9] = -1, -1
+    recent = check_store(
+        key.to(dtype), value.to(dtype), key_frame, slots, block_size, device, positions
+    )
     scale = reference_recent.recent_arrays(recent, SlotLayout(head_dim))["key_scale"]
     at_sink = scale[~scale.isnan()].signbit()  # what nobody wrote is NaN
     assert 0.3 < at_sink.double().mean() < 0.7
@@ -130,6 +134,7 @@ def check_store(
     slots: Tensor,
     block_size: int = 16,
     device: str = "cpu",
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Store with places for two units in three; return the copies.
 
@@ -147,10 +152,11 @@ def check_store(
     codes, with_copies = (
         empty_cache(num_blocks, num_kv_heads, block_size, head_dim).to(device) for _ in range(2)
     )
-    reference_recent.store_copies(key, value, key_frame, want, unit_map, slots)
+    reference_recent.store_copies(key, value, key_frame, want, unit_map, slots, positions)
     arguments = [x.to(device) for x in (key, value, key_frame)]
-    ops.store(*arguments, codes, slots.to(device))
-    ops.store(*arguments, with_copies, slots.to(device), got, unit_map.to(device))
+    at = None if positions is None else positions.to(device)
+    ops.store(*arguments, codes, slots.to(device), positions=at)
+    ops.store(*arguments, with_copies, slots.to(device), got, unit_map.to(device), at)
     assert torch.equal(codes, with_copies)
     layout = SlotLayout(head_dim)
     arrays = [reference_recent.recent_arrays(x, layout) for x in (got.cpu(), want)]
@@ -219,11 +225,15 @@ def with_copies(
     if complete:
         unit_map = ((place + 1) << 16 | EVERY_TOKEN).int()
     slots = batch.slot_mapping
-    origin = batch.key_frame[:, :BALANCE][:, torch.arange(len(slots)) % 2].transpose(0, 1)
+    at_sink = (torch.arange(len(slots)) % 2 == 1)[:, None, None]
+    near = near_origins(batch.key_frame, batch.positions)
+    origin = torch.where(at_sink, batch.key_frame[:, SINK], near)
     key, value = torch.randn(2, len(slots), num_kv_heads, head_dim, generator=generator)
     key = origin + key / batch.key_frame[:, BALANCE]
     recent = empty_recent(num_units, num_kv_heads, head_dim)
-    reference_recent.store_copies(key, value, batch.key_frame, recent, unit_map, slots)
+    reference_recent.store_copies(
+        key, value, batch.key_frame, recent, unit_map, slots, batch.positions
+    )
 
     units, offsets = slots // UNIT_TOKENS, slots % UNIT_TOKENS
     is_valid = (unit_map[units] >> offsets & 1).bool()
@@ -333,6 +343,16 @@ def test_windows_across_splits(seq_len: int) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("complete", [True, False], ids=["every copy", "some copies"])
+@pytest.mark.parametrize("window_units", [1, 3, 8])
+def test_windows_across_spans(window_units: int, complete: bool, device: str) -> None:
+    """Windows that end at, just behind and far behind the borders of spans, also the last one."""
+    lengths = (520, 512, 513, 528, 1030, 1100, 1600, 3000)
+    batch = make_batch(lengths, (1, 2) * 4, 6, 2, 128, num_spans=3, block_size=32)
+    check_attention(with_copies(batch, window_units, complete=complete), True, device)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     num_reqs, num_kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
@@ -393,9 +413,9 @@ def on(device: str, batch: PagedBatch) -> PagedBatch:
 )
 def test_dequantize(head_dim: int, block_size: int, dtype: torch.dtype, device: str) -> None:
     """Codes of tokens that have a copy, and invalid copies, are NaN; there is no window."""
-    first, last = [5, 0, 16, 0], [190, 0, 77, 33]
-    batch = make_batch((200, 0, 77, 33), (1,) * 4, 4, 2, head_dim, block_size, seed=head_dim)
-    case = with_copies(batch, window_units=200 // UNIT_TOKENS + 1, seed=head_dim)
+    first, last = [405, 0, 16, 0], [590, 0, 77, 33]
+    batch = make_batch((600, 0, 77, 33), (1,) * 4, 4, 2, head_dim, block_size, seed=head_dim)
+    case = with_copies(batch, window_units=600 // UNIT_TOKENS + 1, seed=head_dim)
     assert 0.2 < case.num_read / len(batch.slot_mapping) < 0.8
     copies = case.recent.to(device), case.unit_map.to(device)
     got = dequantize(on(device, case.batch), first, last, dtype, *copies)
@@ -447,39 +467,3 @@ def test_dequantize_gives_copies_back(device: str) -> None:
     origin = key_frame[:, SINK]
     assert_close((got_key - origin), key - origin, 0.012, "keys")
     assert_close(got_value, value, 0.012, "values")
-
-
-@pytest.mark.parametrize(
-    ("recent", "unit_map", "sentence"),
-    [
-        (True, None, "recent and unit_map must be given together"),
-        (None, True, "recent and unit_map must be given together"),
-        (torch.float32, True, "recent is float32, expected uint8"),
-        (True, torch.int64, "unit_map is int64, expected int32"),
-    ],
-)
-def test_dequantize_refuses_wrong_copies(
-    recent: torch.dtype | bool | None, unit_map: torch.dtype | bool | None, sentence: str
-) -> None:
-    batch = make_batch((20,), (1,), 4, 2, 64)
-    case = with_copies(batch, window_units=2)
-    copies = [
-        None if given is None else x if given is True else x.to(given)
-        for given, x in ((recent, case.recent), (unit_map, case.unit_map))
-    ]
-    with pytest.raises(RuntimeError, match=sentence):
-        dequantize(batch, [0], [20], torch.float32, *copies)  # type: ignore[arg-type]
-
-
-def test_opcheck_of_dequantize_with_copies() -> None:
-    batch = make_batch((20,), (1,), 4, 2, 64)
-    case = with_copies(batch, window_units=2)
-    key, value = torch.zeros(2, 20, 2, 64)
-    rows = torch.tensor([0, 20], dtype=torch.int32)
-    torch.library.opcheck(
-        torch.ops.turboquant.dequantize.default,
-        (
-            *(batch.kv_cache, batch.block_table, rows[:1], rows, batch.key_frame, key, value),
-            *(case.recent, case.unit_map),
-        ),
-    )

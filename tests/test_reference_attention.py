@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_turboquant.frame import BALANCE, CENTER, SINK, make_frame, plain_frame
+from vllm_turboquant.frame import (
+    BALANCE,
+    CENTER,
+    FIRST_SPAN,
+    SINK,
+    make_frame,
+    near_origins,
+    plain_frame,
+)
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.reference import (
     attention,
@@ -51,20 +59,23 @@ BATCHES = {
     "speculative": Batch((4, 4), (4, 37)),
     "mixed": Batch((1, 19, 3), (40, 35, 3)),
     "blind rows": Batch((5, 2), (2, 1)),
+    "where spans meet": Batch((3, 1), (514, 1040)),
 }
 HEADS = {"mha": (2, 2), "gqa": (6, 2)}  # num_heads, num_kv_heads
+ORIGINS = [CENTER, SINK, FIRST_SPAN, FIRST_SPAN + 1]  # rows of the frames of ``Paged``
 
 
 class Paged:
     """A poisoned cache that holds the tokens of a batch in shuffled blocks.
 
-    A third of the groups of its keys lie around the sink.
+    A third of the groups of its keys lie around the sink, the others around the center of their
+    span, of which there are two.
 
     Attributes:
         cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         block_table: [num_reqs, max_blocks] int32.
         key, value: Per request [seq_len, num_kv_heads, head_dim] float32.
-        key_frame: [num_kv_heads, 3, head_dim] float32; the difference of its origins is exact.
+        key_frame: [num_kv_heads, 5, head_dim] float32; differences of its origins are exact.
     """
 
     def __init__(
@@ -77,9 +88,9 @@ class Paged:
         shape = (num_blocks, num_kv_heads, block_size, self.layout.slot_bytes)
         self.cache = torch.full(shape, POISON_BYTE, dtype=torch.uint8)
         table = torch.full((len(seq_lens), max(blocks) + 2), POISON_BLOCK, dtype=torch.int32)
-        self.key_frame = random_frame(num_kv_heads, head_dim, generator)
-        self.key_frame[:, :BALANCE] = (self.key_frame[:, :BALANCE] * 64).round() / 64
-        center, sink, balance = self.key_frame.unbind(dim=1)
+        self.key_frame = random_frame(num_kv_heads, head_dim, generator, num_spans=2)
+        self.key_frame[:, ORIGINS] = (self.key_frame[:, ORIGINS] * 64).round() / 64
+        sink, balance = self.key_frame[:, SINK], self.key_frame[:, BALANCE]
         self.key, self.value = [], []
         free = iter(torch.randperm(num_blocks, generator=generator).tolist())
         for req, (n, count) in enumerate(zip(seq_lens, blocks, strict=True)):
@@ -89,17 +100,20 @@ class Paged:
             groups = (n, num_kv_heads, self.layout.num_groups)
             at_sink = torch.rand(groups, generator=generator) < 1 / 3
             at_sink = at_sink.repeat_interleave(self.layout.group, dim=-1)
-            self.key.append(key / balance + torch.where(at_sink, sink, center))
-            self.value.append(value)
             position = torch.arange(n)
+            near = near_origins(self.key_frame, position)
+            self.key.append(key / balance + torch.where(at_sink, sink, near))
+            self.value.append(value)
             slots = ids[position // block_size].long() * block_size + position % block_size
-            store(self.key[req], value, self.key_frame, self.cache, slots)
+            store(self.key[req], value, self.key_frame, self.cache, slots, position)
         self.block_table = table
 
     def decoded(self, req: int, seq_len: int) -> tuple[Tensor, Tensor]:
         """Decoded keys and values of a request, [seq_len, num_kv_heads, head_dim] float64."""
         key, value = load(self.cache, self.block_table[req], seq_len, self.layout)
-        return decode_keys(key, self.key_frame, self.layout), decode_values(value, self.layout)
+        positions = torch.arange(seq_len)
+        decoded = decode_keys(key, self.key_frame, self.layout, positions=positions)
+        return decoded, decode_values(value, self.layout)
 
 
 def starts(query_lens: tuple[int, ...]) -> Tensor:
@@ -115,10 +129,10 @@ def queries(batch: Batch, num_heads: int, head_dim: int) -> Tensor:
 def score_rounding(query: Tensor, paged: Paged, scale: float) -> float:
     """Bound the float64 rounding of a score: 2 d products and sums, of size |q / b| |x^| + |q| |o|.
 
-    x^ = b (k^ - o) is the key as coded, and o has the larger coordinates of both origins.
+    x^ = b (k^ - o) is the key as coded, and o has the largest coordinates of all origins.
     """
-    center, sink, balance = paged.key_frame.double().unbind(dim=1)
-    as_coded = plain_frame(torch.zeros_like(center))
+    balance = paged.key_frame[:, BALANCE].double()
+    as_coded = plain_frame(torch.zeros_like(balance))
     keys = [
         decode_keys(load(paged.cache, table, len(key), paged.layout)[0], as_coded, paged.layout)
         for table, key in zip(paged.block_table, paged.key, strict=True)
@@ -127,7 +141,7 @@ def score_rounding(query: Tensor, paged: Paged, scale: float) -> float:
     if not len(reach):
         return 0.0
     stretched = query / balance.repeat_interleave(query.shape[1] // len(balance), dim=0)
-    origin = torch.maximum(center.abs(), sink.abs()).norm(dim=-1).max()
+    origin = paged.key_frame[:, ORIGINS].double().abs().amax(dim=1).norm(dim=-1).max()
     size = stretched.norm(dim=-1).max() * reach.max() + query.norm(dim=-1).max() * origin
     return float(2 * query.shape[-1] * DOUBLE * scale * size)
 
@@ -187,23 +201,23 @@ def test_scores_are_dot_products_with_decoded_keys(head_dim: int) -> None:
     grouped = query.view(3, 2, 3, head_dim)
     code, _ = load(paged.cache, paged.block_table[0], 40, paged.layout)
     assert code.at_sink.any() and not code.at_sink.all()
-    got = score_codes(grouped, code, paged.key_frame, paged.layout)
+    got = score_codes(grouped, code, paged.key_frame, paged.layout, torch.arange(40))
     expected = torch.einsum("qhrd,thd->qhrt", grouped, paged.decoded(0, 40)[0])
     assert got.shape == (3, 2, 3, 40)
     assert (got - expected).abs().max() <= score_rounding(query, paged, 1.0)
 
 
 def shifted(key_frame: Tensor, shift: Tensor) -> Tensor:
-    """The frame with both origins moved by [num_kv_heads, head_dim]."""
-    result = key_frame.clone()
-    result[:, :BALANCE] += shift[:, None]
+    """The frame with all origins moved by [num_kv_heads, head_dim]."""
+    result = key_frame + shift[:, None]
+    result[:, BALANCE] = key_frame[:, BALANCE]
     return result
 
 
 @pytest.mark.parametrize("shift", ["minus the center", "any"])
 def test_softmax_does_not_see_what_all_keys_share(shift: str) -> None:
-    """With both origins shifted the output stays; the lse moves by exactly scale q . shift."""
-    batch, scale = Batch((3, 1), (20, 33)), 0.125
+    """With all origins shifted the output stays; the lse moves by exactly scale q . shift."""
+    batch, scale = Batch((3, 1), (20, 533)), 0.125
     paged, query = Paged(batch.seq_lens, 2, 64), queries(batch, 4, 64)
     by = -paged.key_frame[:, CENTER] if shift == "minus the center" else torch.full((2, 64), 7.25)
     moved_frame = shifted(paged.key_frame, by)
@@ -220,19 +234,22 @@ def test_softmax_does_not_see_what_all_keys_share(shift: str) -> None:
     paged.key_frame = moved_frame
     rounding = max(rounding, score_rounding(query, paged, scale))
     largest = max(paged.decoded(r, n)[1].norm(dim=-1).max() for r, n in enumerate(batch.seq_lens))
-    assert (out - moved_out).abs().max() <= 4 * (rounding + 64 * DOUBLE) * largest
+    assert (out - moved_out).abs().max() <= 4 * (rounding + 600 * DOUBLE) * largest
     constant = scale * torch.einsum("qhd,hd->hq", query, by.double().repeat_interleave(2, dim=0))
     assert constant.abs().min() > 1e3 * rounding  # or the next line would show nothing
     assert (moved_lse - lse - constant).abs().max() <= 4 * rounding
 
 
-def test_softmax_sees_the_way_from_the_center_to_the_sink() -> None:
-    """Only some keys start from the sink: leaving it out changes the output."""
-    paged, query = Paged((20,), 2, 64), queries(Batch((3,), (20,)), 4, 64)
-    inputs = (query, paged.cache, paged.block_table, torch.tensor([20]), torch.tensor([0, 3]))
-    center, _, balance = paged.key_frame.unbind(dim=1)
+@pytest.mark.parametrize("row", [SINK, FIRST_SPAN + 1], ids=["sink", "span"])
+def test_softmax_sees_the_way_between_origins(row: int) -> None:
+    """Only some keys start from the sink or are in the second span: without its origin, the output
+    is another one."""
+    paged, query = Paged((530,), 2, 64), queries(Batch((3,), (530,)), 4, 64)
+    inputs = (query, paged.cache, paged.block_table, torch.tensor([530]), torch.tensor([0, 3]))
+    other = paged.key_frame.clone()
+    other[:, row] = other[:, FIRST_SPAN]
     out, lse = attention(*inputs, paged.key_frame, 0.125)
-    other_out, other_lse = attention(*inputs, make_frame(center, center, balance), 0.125)
+    other_out, other_lse = attention(*inputs, other, 0.125)
     assert (out - other_out).norm() > 0.1 * out.norm()
     assert (lse - other_lse).abs().max() > 0.1
 

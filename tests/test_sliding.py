@@ -25,6 +25,7 @@ CASES = {
     "prefill": Case((130, 100, 16), (130, 70, 2), 4, 1, 256, 32),
     "empty and padded requests": Case((0, 20, 0, 40), (1, 1, 0, 0), 4, 2, 64),
     "long": Case((3000, 700), (1, 2), 4, 2, 64),
+    "across spans": Case((530, 1040), (1, 30), 4, 2, 64),
 }
 #: Within a unit, of some units, longer than most requests, and than all.
 WINDOWS = [1, 7, 16, 24, 40, 129, 1000, 5000]
@@ -164,7 +165,8 @@ def test_definition(name: str, sliding_window: int, causal: bool) -> None:
     group_size = batch.query.shape[1] // batch.kv_cache.shape[1]
     for req, seq_len in enumerate(batch.seq_lens.tolist()):
         codes = reference.load(batch.kv_cache, batch.block_table[req], seq_len, layout)
-        key = reference.decode_keys(codes[0], batch.key_frame, layout)
+        positions = torch.arange(seq_len)
+        key = reference.decode_keys(codes[0], batch.key_frame, layout, positions=positions)
         value = reference.decode_values(codes[1], layout)
         # Of many rows, the first, the last and one between.
         for row in sorted({0, num_rows[req] // 2, num_rows[req] - 1} & set(range(num_rows[req]))):

@@ -7,21 +7,36 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
-from vllm_turboquant.frame import BALANCE, SINK, make_frame, plain_frame
-from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.frame import (
+    BALANCE,
+    CENTER,
+    FIRST_SPAN,
+    SINK,
+    make_frame,
+    near_origins,
+    plain_frame,
+)
+from vllm_turboquant.layout import SPAN_TOKENS, SlotLayout
 from vllm_turboquant.testing import empty_cache, random_frame
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Around every border of three spans, and far past the last.
+POSITIONS = [0, 1, 510, 511, 512, 513, 1023, 1024, 1535, 1536, 70_000, 2**31, 2**40]
 
 
 def assert_same_bytes(
-    key: Tensor, value: Tensor, key_frame: Tensor, slot_mapping: Tensor, block_size: int = 16
+    key: Tensor,
+    value: Tensor,
+    key_frame: Tensor,
+    slot_mapping: Tensor,
+    block_size: int = 16,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Store with both into poisoned pools, compare them, and return one."""
     num_blocks = max(1, int(slot_mapping.max()) // block_size + 1)
     want, got = (empty_cache(num_blocks, key.shape[1], block_size, key.shape[2]) for _ in range(2))
-    reference.store(key, value, key_frame, want, slot_mapping)
-    ops.store(key, value, key_frame, got, slot_mapping)
+    reference.store(key, value, key_frame, want, slot_mapping, positions)
+    ops.store(key, value, key_frame, got, slot_mapping, positions=positions)
     different = (want != got).nonzero()
     assert not len(different), f"{len(different)} bytes differ, the first at {different[0]}"
     return got
@@ -50,6 +65,45 @@ def test_bytes(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
     at_sink = sink_bits(cache, head_dim, 700)
     assert 0.3 < at_sink.double().mean() < 0.7
     assert head_dim < 256 or (at_sink[..., 0] != at_sink[..., 1]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_spans", [0, 1, 3])
+def test_bytes_in_frames_with_spans(num_spans: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Positions in any order, keys everywhere between their origins, at them in the end."""
+    generator = torch.Generator().manual_seed(head_dim + num_spans)
+    key_frame = random_frame(2, head_dim, generator, num_spans)
+    positions = torch.tensor(POSITIONS).repeat(20)
+    positions = positions[torch.randperm(len(positions), generator=generator)]
+    near, sink = near_origins(key_frame, positions), key_frame[:, SINK]
+    key, value = torch.randn(2, len(positions), 2, head_dim, generator=generator)
+    way = torch.rand(len(positions), 2, 1, generator=generator)
+    key = 3 * key / key_frame[:, BALANCE] + near + way * (sink - near)
+    key[-50:] = near.expand_as(key)[-50:]
+    slots = torch.randperm(len(positions), generator=generator)
+    cache = assert_same_bytes(key.to(dtype), value.to(dtype), key_frame, slots, 48, positions)
+    at_sink = sink_bits(cache, head_dim, len(positions))
+    assert 0.2 < at_sink.double().mean() < 0.6
+    if dtype == torch.float32:
+        scale = reference.block_arrays(cache, SlotLayout(head_dim))["key_scale"]
+        assert (scale[slots[-50:] // 48, :, :, slots[-50:] % 48] == 0).all()
+
+
+def test_a_span_is_only_another_center() -> None:
+    """The bytes are those in frames without spans, of which each has the center of a span."""
+    generator = torch.Generator().manual_seed(4)
+    key_frame = random_frame(2, 128, generator, num_spans=3)
+    key, value = 3 * torch.randn(2, len(POSITIONS), 2, 128, generator=generator)
+    slots, positions = torch.arange(len(POSITIONS)), torch.tensor(POSITIONS)
+    got, want = empty_cache(1, 2, 16, 128), empty_cache(1, 2, 16, 128)
+    ops.store(key, value, key_frame, got, slots, positions=positions)
+    for span in range(3):
+        frame = key_frame[:, :FIRST_SPAN].clone()
+        frame[:, CENTER] = key_frame[:, FIRST_SPAN + span]
+        its = (positions // SPAN_TOKENS).clamp(max=2) == span
+        ops.store(key[its], value[its], frame, want, slots[its])
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, -8, 0, 8, 15, 18])
@@ -122,17 +176,23 @@ def test_strided_inputs_and_extra_rows() -> None:
     _, key, value = fused.split([256, 128, 128], dim=-1)
     key, value = key.view(10, 2, 64), value.view(10, 2, 64)
     assert not key.is_contiguous()
-    assert_same_bytes(key, value, random_frame(2, 64, generator), torch.arange(8))
+    positions = torch.tensor([0, 700, 3, 512, 511, 4, 5, 1024, -1, -1])
+    key_frame = random_frame(2, 64, generator, num_spans=2)
+    assert_same_bytes(key, value, key_frame, torch.arange(8), positions=positions)
 
 
 def test_negative_slots_write_nothing() -> None:
-    key, value = torch.randn(2, 5, 2, 64, generator=torch.Generator().manual_seed(2))
-    slots, key_frame = torch.tensor([-1, 3, -1, -7, 20]), plain_frame(torch.zeros(2, 64))
-    cache = assert_same_bytes(key, value, key_frame, slots)
+    """Whatever their position is."""
+    generator = torch.Generator().manual_seed(2)
+    key, value = torch.randn(2, 5, 2, 64, generator=generator)
+    slots, key_frame = torch.tensor([-1, 3, -1, -7, 20]), random_frame(2, 64, generator, 2)
+    positions = torch.tensor([-1, 512, 2**63 - 1, -(2**63), 7])
+    cache = assert_same_bytes(key, value, key_frame, slots, positions=positions)
     untouched = empty_cache(2, 2, 16, 64)
-    reference.store(key[[1, 4]], value[[1, 4]], key_frame, untouched, slots[[1, 4]])
+    kept = [1, 4]
+    reference.store(key[kept], value[kept], key_frame, untouched, slots[kept], positions[kept])
     assert torch.equal(cache, untouched)
-    ops.store(key, value, key_frame, cache, torch.full((5,), -1))
+    ops.store(key, value, key_frame, cache, torch.full((5,), -1), positions=positions)
     assert torch.equal(cache, untouched)
 
 

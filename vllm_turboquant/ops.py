@@ -172,11 +172,25 @@ def paged_attention(
 
 
 def paged_attention_scratch_bytes(
-    num_reqs: int, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int
+    num_reqs: int,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
 ) -> int:
-    """Scratch that ``paged_attention`` needs on the current GPU, at most, for any lengths."""
+    """Scratch that ``paged_attention`` needs on the current GPU, at most.
+
+    Args:
+        num_reqs: Requests of a call.
+        num_tokens: Query rows of a call.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Head size.
+        max_tokens: Tokens that a row of its block table has room for.
+    """
     return torch.ops.turboquant.paged_attention_scratch_bytes(
-        num_reqs, num_tokens, num_heads, num_kv_heads, head_dim
+        num_reqs, num_tokens, num_heads, num_kv_heads, head_dim, max_tokens
     )
 
 

@@ -56,7 +56,9 @@ class Scratch:
         # Graphs are captured for padded batches.
         padded_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = max(scheduler.max_num_seqs, padded_rows)
-        decode_bytes = _decode_bytes(most_rows, num_heads, num_kv_heads, head_dim)
+        # Block tables may be wider than the longest context.
+        max_tokens = 2 * model.max_model_len
+        decode_bytes = _decode_bytes(most_rows, num_heads, num_kv_heads, head_dim, max_tokens)
         tickets = torch.zeros(most_rows * num_kv_heads, dtype=torch.int32)
         return Scratch(decode_bytes, (tile_tokens, num_kv_heads, head_dim), model.dtype, tickets)
 
@@ -81,9 +83,11 @@ class Scratch:
 
 
 @cache  # layers are alike
-def _decode_bytes(most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+def _decode_bytes(
+    most_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, max_tokens: int
+) -> int:
     """What any batch of up to ``most_rows`` decode rows needs."""
     return max(
-        ops.paged_attention_scratch_bytes(rows, rows, num_heads, num_kv_heads, head_dim)
+        ops.paged_attention_scratch_bytes(rows, rows, num_heads, num_kv_heads, head_dim, max_tokens)
         for rows in range(1, most_rows + 1)
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_turboquant import reference
-from vllm_turboquant.frame import make_frame
+from vllm_turboquant.frame import BALANCE, SINK, make_frame, near_origins
 from vllm_turboquant.layout import SlotLayout
 
 #: Stands in a block table behind a request's last block: reading it would leave every pool.
@@ -17,7 +18,21 @@ POISON_BLOCK = 2**30
 #: Fills what nobody wrote; as a float16 scale it is NaN.
 POISON_BYTE = 0xFF
 
-Store = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+class Store(Protocol):
+    """``reference.store`` or ``ops.store``."""
+
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_frame: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        positions: Tensor | None,
+    ) -> None:
+        """Write the codes of tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,9 @@ class PagedBatch:
         block_table: [num_reqs, max_blocks] int32.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         slot_mapping: [sum(seq_lens)] int64, slots of all tokens, request by request.
+        positions: [sum(seq_lens)] int64, which token of its request each is.
     """
 
     query: Tensor
@@ -41,6 +57,7 @@ class PagedBatch:
     query_start_loc: Tensor
     key_frame: Tensor
     slot_mapping: Tensor
+    positions: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -76,13 +93,16 @@ def empty_cache(
     return torch.full((num_blocks, num_kv_heads, *region), POISON_BYTE, dtype=torch.uint8)
 
 
-def random_frame(num_kv_heads: int, head_dim: int, generator: torch.Generator) -> Tensor:
+def random_frame(
+    num_kv_heads: int, head_dim: int, generator: torch.Generator, num_spans: int = 0
+) -> Tensor:
     """A frame with origins far apart, and coordinates stretched by up to 4."""
 
-    def normal() -> Tensor:
-        return torch.randn(num_kv_heads, head_dim, generator=generator)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(num_kv_heads, *shape, head_dim, generator=generator)
 
-    return make_frame(2 * normal(), 2 * normal(), normal().clamp(-2, 2).exp2())
+    fixed = 2 * normal(), 2 * normal(), normal().clamp(-2, 2).exp2()
+    return make_frame(*fixed, 2 * normal(num_spans) if num_spans else None)
 
 
 def make_batch(
@@ -96,8 +116,11 @@ def make_batch(
     seed: int = 0,
     store: Store = reference.store,
     head_major: bool = False,
+    num_spans: int = 2,
 ) -> PagedBatch:
     """Store random keys, a fifth of them around the sink, and values; draw random queries.
+
+    Other keys lie around the center of their span.
 
     Args:
         seq_lens: Cached tokens of each request; 0 is allowed.
@@ -110,6 +133,7 @@ def make_batch(
         seed: Of everything random.
         store: What writes the codes.
         head_major: See ``empty_cache``.
+        num_spans: Of the frame; longer requests have tokens past the last one.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -121,6 +145,7 @@ def make_batch(
     kv_cache = empty_cache(num_blocks, num_kv_heads, block_size, head_dim, head_major=head_major)
     block_table = torch.full((len(seq_lens), max(blocks_of) + 1), POISON_BLOCK, dtype=torch.int32)
     free = torch.randperm(num_blocks, generator=generator).int()
+    positions = torch.cat([torch.arange(seq_len) for seq_len in seq_lens])
     slots = [torch.empty(0, dtype=torch.int64)]
     for req, seq_len in enumerate(seq_lens):
         block_table[req, : blocks_of[req]], free = free[: blocks_of[req]], free[blocks_of[req] :]
@@ -128,14 +153,12 @@ def make_batch(
         block = block_table[req, position // block_size].long()
         slots.append(block * block_size + position % block_size)
     slot_mapping = torch.cat(slots)
-    key_frame = random_frame(num_kv_heads, head_dim, generator)
-    center, sink, balance = key_frame.unbind(dim=1)
-    origin = torch.where(
-        torch.rand(len(slot_mapping), 1, 1, generator=generator) < 0.2, sink, center
-    )
-    key = origin + normal(slot_mapping.numel(), num_kv_heads, head_dim) / balance
+    key_frame = random_frame(num_kv_heads, head_dim, generator, num_spans)
+    at_sink = torch.rand(len(slot_mapping), 1, 1, generator=generator) < 0.2
+    origin = torch.where(at_sink, key_frame[:, SINK], near_origins(key_frame, positions))
+    key = origin + normal(slot_mapping.numel(), num_kv_heads, head_dim) / key_frame[:, BALANCE]
     value = normal(slot_mapping.numel(), num_kv_heads, head_dim)
-    store(key.to(dtype), value.to(dtype), key_frame, kv_cache, slot_mapping)
+    store(key.to(dtype), value.to(dtype), key_frame, kv_cache, slot_mapping, positions=positions)
     query = normal(sum(query_lens) + 3, num_heads, head_dim).to(dtype)
     query[sum(query_lens) :] = torch.nan
     query_start_loc = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -147,6 +170,7 @@ def make_batch(
         query_start_loc,
         key_frame,
         slot_mapping,
+        positions,
     )
 
 

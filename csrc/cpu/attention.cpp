@@ -4,8 +4,11 @@
 // tiles that it decodes once for all rows, with an online softmax; CodeTile has the arithmetic for
 // the instruction set. Partial results of the splits are merged by log-sum-exp.
 //
-// Score: alpha (<q1, C[i]> + rho <q2, s>) + <q, o>; output: (H D3)^T sum_t p_t beta_t C[i_t].
-// The center's share of <q, o> is the same for all keys and enters the log-sum-exp at the end.
+// Score: alpha (<q1, C[i]> + rho <q2, s>) + <q, o>, o the sink or the center of the token's span;
+// output: (H D3)^T sum_t p_t beta_t C[i_t]. Of <q, o> = <q, o - c> + <q, c>, with c the center of
+// the frame, the second part is the same for all keys and enters the log-sum-exp at the end. The
+// first is computed once per row for the sink and for every span; in a frame without spans, it is 0
+// but for keys at the sink.
 // Tokens in the window of a request that have 8-bit copies are scored, and their values added, from
 // those: <q1, scale e> + <q, o> and sum_t p_t scale_t e_t. Their codes are decoded with the
 // others', and get no weight. Source: reference.py, reference_recent.py. Reads slot_bytes per
@@ -94,7 +97,13 @@ class TilePass {
         head_dim_(cache_.layout.head_dim),
         at_(cache_.layout.offsets(cache_.block_size)),
         copy_at_(cache_.layout.copy_offsets()),
-        query_(new Query[kRowTile * cache_.layout.num_groups()]) {}
+        query_(new Query[kRowTile * cache_.layout.num_groups()]),
+        has_spans_(plan_.p.key_frame.num_spans > 0) {
+    for (auto& offsets : span_offsets_) {
+      offsets.reset(new float[kRowTile * cache_.layout.num_groups()]());
+    }
+    std::fill(std::begin(near_), std::end(near_), span_offsets_[0].get());
+  }
 
   void run(Partial* partial) {
     partial_ = partial;
@@ -107,6 +116,7 @@ class TilePass {
       }
     }
     std::fill_n(partial->out, tile_->num_rows * head_dim_, 0.0f);
+    span_center_ = nullptr;
     const BlockTable& table = plan_.p.block_table;
     const int32_t* blocks = table.data + tile_->req * table.req_stride;
     const auto steps = [&](int rows) { return (tile_->num_rows + rows - 1) / rows; };
@@ -122,6 +132,7 @@ class TilePass {
       for (int u = 0; u < num_units_; ++u) {
         units_[u] = locate(cache_, blocks, tile_->kv_head, token + u * kLanes);
       }
+      if (has_spans_) find_spans(token);
       find_copies(blocks, token, unseen, std::min<int64_t>(kTokens, left));
       score();
       score_copies();
@@ -140,6 +151,39 @@ class TilePass {
   static constexpr int kTokens = CodeTile<kGroup>::kTokens;
 
   Query* query(int g, int row) const { return &query_[g * kRowTile + row]; }
+
+  // Find the offsets of the spans of all units from `token` on.
+  void find_spans(int64_t token) {
+    for (int u = 0; u < num_units_; ++u) {
+      const float* center = plan_.p.key_frame.near(tile_->kv_head, token + u * kLanes);
+      if (center != span_center_) enter_span(center);
+      near_[u] = span_offsets_[0].get();
+    }
+  }
+
+  // Compute the offsets of every row and group in the span with this center: what a score has from
+  // a key that starts there instead of at the frame's center.
+  void enter_span(const float* center) {
+    static_assert(kSpanTokens % kUnitTokens == 0 && kTokens <= kSpanTokens,
+                  "a unit lies in one span, and a tile of tokens in two at most");
+    std::swap(span_offsets_[0], span_offsets_[1]);
+    span_center_ = center;
+    const AttentionParams& p = plan_.p;
+    const float* from = p.key_frame.center(tile_->kv_head);
+    for (int r = 0; r < tile_->num_rows; ++r) {
+      const int64_t row = plan_.query_row(*tile_, r);
+      for (int g = 0; g < cache_.layout.num_groups(); ++g) {
+        alignas(64) float q[kGroup];
+        read_row(p.query, row / p.num_heads, row % p.num_heads, g * kGroup, kGroup, q);
+        Lanes dot = splat(0.0f);
+        for (int j = 0; j < kGroup; j += kLanes) {
+          const Lanes way = load(center + g * kGroup + j) - load(from + g * kGroup + j);
+          dot = fma(load(q + j), way, dot);
+        }
+        span_offsets_[0][g * kRowTile + r] = reduce_add(dot) * p.scale;
+      }
+    }
+  }
 
   // Find which of `count` tokens from `token` on, but for `unseen` ones, are read from copies.
   void find_copies(const int32_t* blocks, int64_t token, int64_t unseen, int64_t count) {
@@ -170,7 +214,7 @@ class TilePass {
         ahead_.step();
         codes_.score(query(g, r), num_rows, scale_, g == 0, weights_ + r);
       }
-      if (any_at_sink) move_to_sink(g);
+      if (any_at_sink || has_spans_) move_to_origins(g);
     }
   }
 
@@ -188,14 +232,15 @@ class TilePass {
     return std::any_of(flags, flags + kLanes, [](uint32_t flag) { return flag != 0; });
   }
 
-  // Add what keys of group `g` have from starting at the sink instead of the center.
-  void move_to_sink(int g) {
+  // Add what keys of group `g` have from starting at their origins instead of the frame's center.
+  void move_to_origins(int g) {
     for (int r = 0; r < tile_->num_rows; ++r) {
       const int64_t row = plan_.query_row(*tile_, r);
-      const Lanes offset = splat(queries_.sink[row * cache_.layout.num_groups() + g]);
+      const Lanes sink = splat(queries_.sink[row * cache_.layout.num_groups() + g]);
       for (int u = 0; u < num_units_; ++u) {
         float* scores = weights_[r] + u * kLanes;
-        store(scores, add_where_bit(load(scores), at_sink_[u], 0, offset));
+        const Lanes near = splat(near_[u][g * kRowTile + r]);
+        store(scores, add_where_bit(load(scores) + near, at_sink_[u], 0, sink - near));
       }
     }
   }
@@ -215,9 +260,10 @@ class TilePass {
           const float* q1 = &queries_.q1[row * head_dim_ + g * kGroup];
           Lanes dot = splat(0.0f);
           for (int j = 0; j < kGroup; j += kLanes) dot = fma(load(q1 + j), load(key + j), dot);
-          const float at_sink = std::signbit(scale) ? queries_.sink[row * num_groups + g] : 0;
+          const float offset = std::signbit(scale) ? queries_.sink[row * num_groups + g]
+                                                   : near_[token.index / kLanes][g * kRowTile + r];
           float& score = weights_[r][token.index];
-          score = (g == 0 ? 0 : score) + reduce_add(dot) + at_sink;
+          score = (g == 0 ? 0 : score) + reduce_add(dot) + offset;
         }
       }
     }
@@ -315,6 +361,12 @@ class TilePass {
   const BlockOffsets at_;
   const CopyOffsets copy_at_;
   std::unique_ptr<Query[]> query_;  // [num_groups, kRowTile]
+  const bool has_spans_;
+  // [num_groups, kRowTile], scale * <q, span's center - center>: of the newest span and of the one
+  // before it; 0 without spans.
+  std::unique_ptr<float[]> span_offsets_[2];
+  const float* span_center_;             // of the newest span
+  const float* near_[kTokens / kLanes];  // offsets of each unit's span
   const Tile* tile_;
   Partial* partial_;
   int num_units_;

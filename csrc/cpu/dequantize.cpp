@@ -17,7 +17,7 @@ namespace tq::cpu {
 namespace {
 
 // Up to sixteen tokens of one request, starting at a multiple of sixteen.
-struct Span {
+struct UnitPart {
   int req;
   int64_t unit_token;  // first token of the unit
   int first, last;     // lanes to write
@@ -26,31 +26,32 @@ struct Span {
 
 // Finish the inverse rotation of x[kGroup] and write the wanted lanes, changed by map(lane, row).
 template <int kGroup, typename Map>
-void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale, const Span& span,
-                 int kv_head, int g, const MutableRows& rows, const Map& map) {
+void write_lanes(const Lanes* x, const SignDiagonal& signs, const Lanes& scale,
+                 const UnitPart& part, int kv_head, int g, const MutableRows& rows,
+                 const Map& map) {
   alignas(64) float transposed[kGroup][kLanes];
   for (int j = 0; j < kGroup; ++j) {
     store(transposed[j], x[j] * (scale * splat(signs[j] / Codebook<kGroup>::kRoot)));
   }
   float row[kGroup];
-  for (int lane = span.first; lane < span.last; ++lane) {
+  for (int lane = part.first; lane < part.last; ++lane) {
     for (int j = 0; j < kGroup; ++j) row[j] = transposed[j][lane];
     map(lane, row);
-    write_row(rows, span.row + lane - span.first, kv_head, g * kGroup, kGroup, row);
+    write_row(rows, part.row + lane - part.first, kv_head, g * kGroup, kGroup, row);
   }
 }
 
-// The copies of a unit's tokens in the span.
+// The copies of the tokens in part of a unit.
 struct UnitCopies {
   CopiedToken tokens[kLanes];
   int count = 0;
 
-  UnitCopies(const DequantizeParams& p, const Span& span, const int32_t* blocks, int kv_head) {
+  UnitCopies(const DequantizeParams& p, const UnitPart& part, const int32_t* blocks, int kv_head) {
     if (!p.copies.data) return;
-    const int64_t block = blocks[span.unit_token / p.cache.block_size];
-    const int64_t slot = block * p.cache.block_size + span.unit_token % p.cache.block_size;
+    const int64_t block = blocks[part.unit_token / p.cache.block_size];
+    const int64_t slot = block * p.cache.block_size + part.unit_token % p.cache.block_size;
     const int32_t mapped = p.copies.unit_map[slot / kUnitTokens];
-    for (int lane = span.first; lane < span.last; ++lane) {
+    for (int lane = part.first; lane < part.last; ++lane) {
       if (mapped >> lane & 1) tokens[count++] = {lane, p.copies.unit(mapped, kv_head), lane};
     }
   }
@@ -75,13 +76,15 @@ struct UnitCopies {
 };
 
 template <int kGroup>
-void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
+void dequantize_unit(const DequantizeParams& p, const UnitPart& part, int kv_head) {
   const SlotLayout layout = p.cache.layout;
   const BlockOffsets at = layout.offsets(p.cache.block_size);
   const CopyOffsets copy_at = layout.copy_offsets();
-  const int32_t* blocks = p.block_table.data + span.req * p.block_table.req_stride;
-  const Unit unit = locate(p.cache, blocks, kv_head, span.unit_token);
-  const UnitCopies copies(p, span, blocks, kv_head);
+  const int32_t* blocks = p.block_table.data + part.req * p.block_table.req_stride;
+  const Unit unit = locate(p.cache, blocks, kv_head, part.unit_token);
+  const UnitCopies copies(p, part, blocks, kv_head);
+  static_assert(kSpanTokens % kUnitTokens == 0, "keys of a unit have one center");
+  const float* near = p.key_frame.near(kv_head, part.unit_token);
   Lanes x[kGroup];
   for (int g = 0; g < layout.num_groups(); ++g) {
     KeyWords<kGroup>(unit, layout, at, g).decode(x);
@@ -93,13 +96,13 @@ void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
     store(at_sink, scale >> 31);
     const auto leave_frame = [&](int lane, float* row) {
       const KeyFrame& frame = p.key_frame;
-      const float* origin = at_sink[lane] ? frame.sink(kv_head) : frame.center(kv_head);
+      const float* origin = at_sink[lane] ? frame.sink(kv_head) : near;
       const float* balance = frame.balance(kv_head);
       for (int j = 0; j < kGroup; ++j) {
         row[j] = row[j] / balance[g * kGroup + j] + origin[g * kGroup + j];
       }
     };
-    write_lanes<kGroup>(x, kKeySigns, as_lanes(scale & splat(0x7fffffffu)), span, kv_head, g, p.key,
+    write_lanes<kGroup>(x, kKeySigns, as_lanes(scale & splat(0x7fffffffu)), part, kv_head, g, p.key,
                         leave_frame);
     Words index[kGroup / 16];
     load_words(unit, at.value_index + g * kGroup / 4, layout.index_bytes(), kGroup / 16, index);
@@ -107,37 +110,37 @@ void dequantize_unit(const DequantizeParams& p, const Span& span, int kv_head) {
     Lanes value_scale = load_scales(unit, at.value_scale, g, p.cache.block_size);
     copies.replace<kGroup>(layout, copy_at.value, copy_at.value_scale, g, x, &value_scale);
     hadamard<kGroup>(x);
-    write_lanes<kGroup>(x, kValueSigns, value_scale, span, kv_head, g, p.value, [](int, float*) {});
+    write_lanes<kGroup>(x, kValueSigns, value_scale, part, kv_head, g, p.value, [](int, float*) {});
   }
 }
 
-std::vector<Span> plan(const DequantizeParams& p) {
-  std::vector<Span> spans;
+std::vector<UnitPart> plan(const DequantizeParams& p) {
+  std::vector<UnitPart> parts;
   for (int req = 0; req < p.num_reqs; ++req) {
     const int64_t row = p.cu_seq_lens[req], begin = p.seq_starts[req];
     const int64_t end = begin + p.cu_seq_lens[req + 1] - row;
     for (int64_t unit = begin / kLanes * kLanes; unit < end; unit += kLanes) {
       const int64_t first = std::max(unit, begin), last = std::min(unit + kLanes, end);
-      spans.push_back({req, unit, static_cast<int>(first - unit), static_cast<int>(last - unit),
+      parts.push_back({req, unit, static_cast<int>(first - unit), static_cast<int>(last - unit),
                        row + first - begin});
     }
   }
-  return spans;
+  return parts;
 }
 
 }  // namespace
 
 void dequantize(const DequantizeParams& p, const Threads& threads) {
-  const std::vector<Span> spans = plan(p);
+  const std::vector<UnitPart> parts = plan(p);
   const int num_heads = p.cache.num_kv_heads;
-  threads.run(static_cast<int64_t>(spans.size()) * num_heads, 4, [&](int64_t begin, int64_t end) {
+  threads.run(static_cast<int64_t>(parts.size()) * num_heads, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Span& span = spans[i / num_heads];
+      const UnitPart& part = parts[i / num_heads];
       const int kv_head = static_cast<int>(i % num_heads);
       if (p.cache.layout.group() == 64) {
-        dequantize_unit<64>(p, span, kv_head);
+        dequantize_unit<64>(p, part, kv_head);
       } else {
-        dequantize_unit<128>(p, span, kv_head);
+        dequantize_unit<128>(p, part, kv_head);
       }
     }
   });

@@ -90,7 +90,8 @@ void finish_scale(const Lanes& norm, const Lanes& overlap, uint16_t* scale) {
   }
 }
 
-// Encode x, a key from its center, or, where that is shorter, `far`, the same key from the sink.
+// Encode x, a key from the center of its span, or, where that is shorter, `far`, the same key from
+// the sink.
 template <int kGroup>
 void encode_key(Lanes* x, const Lanes* far, GroupCode* code) {
   Lanes u[kGroup], centroids[kGroup], projected[kGroup], scratch[kGroup];
@@ -172,27 +173,29 @@ struct Vector {
 };
 
 // Read group `g` of up to sixteen vectors into lanes x[kGroup]; lanes without a vector are 0. Map
-// changes a row of the vector's KV head: map(kv_head, row).
+// changes a vector's row: map(vector, row).
 template <int kGroup, typename Map>
 void gather(const Rows& rows, const Vector* vectors, int count, int g, const Map& map, Lanes* x) {
   alignas(64) float transposed[kGroup][kLanes] = {};
   float row[kGroup];
   for (int i = 0; i < count; ++i) {
     read_row(rows, vectors[i].token, vectors[i].kv_head, g * kGroup, kGroup, row);
-    map(vectors[i].kv_head, row);
+    map(vectors[i], row);
     for (int j = 0; j < kGroup; ++j) transposed[j][i] = row[j];
   }
   for (int j = 0; j < kGroup; ++j) x[j] = load(transposed[j]);
 }
 
-// Group `g` of keys as seen from the center, or from the sink.
+// Group `g` of keys as seen from the center of their span, or from the sink.
 template <int kGroup>
 void gather_keys(const StoreParams& p, const Vector* vectors, int count, int g, bool from_sink,
                  Lanes* x) {
-  const auto map = [&](int64_t kv_head, float* row) {
+  const auto map = [&](const Vector& vector, float* row) {
     const KeyFrame& frame = p.key_frame;
-    const float* origin = (from_sink ? frame.sink(kv_head) : frame.center(kv_head)) + g * kGroup;
-    const float* balance = frame.balance(kv_head) + g * kGroup;
+    const float* origin = from_sink ? frame.sink(vector.kv_head)
+                                    : frame.near(vector.kv_head, p.position(vector.token));
+    const float* balance = frame.balance(vector.kv_head) + g * kGroup;
+    origin += g * kGroup;
     for (int j = 0; j < kGroup; ++j) row[j] = (row[j] - origin[j]) * balance[j];
   };
   gather<kGroup>(p.key, vectors, count, g, map, x);
@@ -260,7 +263,7 @@ void store_batch(const StoreParams& p, const Vector* vectors, int count) {
       scatter_copies<kGroup>(copy, vectors, count, g, layout.head_dim, copy_at.key,
                              copy_at.key_scale);
     }
-    gather<kGroup>(p.value, vectors, count, g, [](int64_t, float*) {}, x);
+    gather<kGroup>(p.value, vectors, count, g, [](const Vector&, float*) {}, x);
     encode_value<kGroup>(x, &code);
     for (int w = 0; w < kGroup / 16; ++w) {
       scatter(code.index[w], vectors, count, &Vector::slot,

@@ -35,19 +35,25 @@ int rows_of(const DecodeShape& shape) {
   return std::clamp<int64_t>(tokens_per_req * (shape.num_heads / shape.num_kv_heads), 1, 8);
 }
 
+// A CTA knows the centers of so many tokens' keys.
+int64_t fewest_splits(int64_t max_tokens) {
+  return std::max<int64_t>((max_tokens + kMostSplitTokens - 1) / kMostSplitTokens, 1);
+}
+
 // More than two waves of CTAs on `slots` places gain nothing.
-int64_t most_splits(int64_t items, int64_t slots) {
-  return std::clamp<int64_t>(2 * (slots + items - 1) / items, 1, 128);
+int64_t most_splits(int64_t items, int64_t slots, int64_t max_tokens) {
+  return std::max(std::clamp<int64_t>(2 * (slots + items - 1) / items, 1, 128),
+                  fewest_splits(max_tokens));
 }
 
 }  // namespace
 
-int64_t most_splits(const DecodeShape& shape) {
+int64_t most_splits(const DecodeShape& shape, int64_t max_tokens) {
   const int64_t items = shape.num_reqs * shape.num_kv_heads;
   const auto residency = kernels_of(shape.head_dim).residency;
   const int rows = rows_of(shape);
   const int64_t slots = std::max(residency({rows, true, 1}).ctas, residency({rows, false, 1}).ctas);
-  return most_splits(items, slots);
+  return most_splits(items, slots, max_tokens);
 }
 
 DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
@@ -61,11 +67,13 @@ DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens) {
   }
   // Fewest splits that keep the device nearly as busy as any number does; a split has 128 tokens or
   // more.
-  const int64_t most = std::min(most_splits(items, slots), std::max<int64_t>(1, max_tokens / 128));
+  const int64_t most =
+      std::min(most_splits(items, slots, max_tokens), std::max<int64_t>(1, max_tokens / 128));
   const auto busy = [&](int64_t splits) {
     const int64_t ctas = items * splits, waves = (ctas + slots - 1) / slots;
     return static_cast<double>(ctas) / static_cast<double>(waves * slots);
   };
+  plan.num_splits = static_cast<int>(fewest_splits(max_tokens));
   double best = 0.0;
   for (int64_t s = 1; s <= most; ++s) best = std::max(best, busy(s));
   while (plan.num_splits < most && busy(plan.num_splits) < 0.95 * best) ++plan.num_splits;

@@ -192,21 +192,21 @@ __device__ inline void fetch_copies(const AttentionParams& a, int kv_head,
 template <typename Traits>
 __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
                                      const QueryOperands<Traits>& query, const Sight<Traits>& sight,
-                                     const typename Traits::SpanScores* spans,
-                                     const uint8_t* buffers, ScoreFactors<Traits>& factors,
-                                     DecodeState<Traits>& state) {
+                                     const typename Traits::Shared& shared,
+                                     ScoreFactors<Traits>& factors, DecodeState<Traits>& state) {
   for (int i = first_copied_unit<Traits>(); i < a.copies.window_units; i += Traits::kWarps) {
     const int32_t mapped = sight.mapped[i];
     if ((mapped & 0xffff) == 0) continue;
     sight.await_copies(i);
-    const uint8_t* copies = i < Traits::kCopyBuffers ? buffers + i * Traits::kCopyBytes
+    const uint8_t* copies = i < Traits::kCopyBuffers ? shared.copies + i * Traits::kCopyBytes
                                                      : a.copies.unit(mapped, kv_head);
     const int first = sight.window + i * Traits::kUnitTokens;
-    factors.enter(spans[first / kSpanTokens - sight.window / kSpanTokens]);
+    factors.enter(shared.span_of(first), shared.query);
     UnitScores<Traits> units[1];
     score_copies<Traits>(copies, query, factors, units);
     sight.hide(first, true, units);
-    add_units<Traits>(units, [&](int, int g) { return CopiedValues<Traits>(copies, g); }, state);
+    add_units<Traits>(
+        units, [&](int, int g) { return CopiedValues<Traits>(copies, g); }, factors.near, state);
   }
 }
 
@@ -228,7 +228,7 @@ __device__ inline void attend_codes(const uint2& tables, const uint8_t* codes, i
       [&](int k, int g) {
         return CodedValues<Traits>(tables.y, codes + k * Traits::kUnitBytes, g);
       },
-      state);
+      factors.near, state);
 }
 
 // Attend one tile of rows to batches [begin, end).
@@ -248,13 +248,10 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   // for more. What the warps need first is asked for first: it would wait behind all codes.
   LoadedQuery<Traits> loaded;
   if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
-  constexpr SpanRange kNone{0, 0};
   const int first_token = begin * Traits::kBatchTokens, end_token = end * Traits::kBatchTokens;
-  const SpanRange window_spans =
-      reads_copies ? SpanRange::of(sight.window, sight.seq_len, Traits::kWindowSpans) : kNone;
-  SpanRange spans = SpanRange::of(first_token, end_token, Traits::kSpans);
-  SpanScorer<Traits, 2> scorer(p, rows, spans, window_spans, shared->spans);
-  scorer.load();
+  const SpanRange spans =
+      SpanRange::of(reads_copies ? min(first_token, sight.window) : first_token, end_token);
+  SpanScorer<Traits> scorer(a, rows.kv_head, spans);
   uint8_t* ring = shared->ring[warp];
   DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, sight.stored, shared->stream,
                               ring);
@@ -271,55 +268,44 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     if (part != warp) loaded.load(a, rows, part);
     prepare_query<Traits>(p, loaded, part, &shared->query);
   }
-  scorer.score();
   __syncthreads();
   if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
 #pragma unroll
   for (int n = 1; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+  scorer.score(shared->query, p.scale_log2, shared->spans);
+  __syncthreads();
   const QueryOperands<Traits> query(shared->query);
   ScoreFactors<Traits> factors(shared->query);
 
   // 2. Stream over the tokens.
   const uint2 tables = shared->stream.tables[threadIdx.x & 1];
   DecodeState<Traits> state;
-  int n = 0, slot = 0;
-  for (;;) {
-    const int next_span = spans.first + Traits::kSpans;
-    for (const int count = stream.batches_before(next_span * Traits::kSpanBatches); n < count;
-         ++n) {
-      stream.wait();
-      stream.fetch(n + Traits::kStages - 1, slot > 0 ? slot - 1 : Traits::kStages - 1);
-      const uint8_t* batch = ring + slot * Traits::kBatchBytes;
-      slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
-      const int token = stream.token(n);
-      factors.enter(shared->spans[token / kSpanTokens - spans.first]);
-      if (sight.all_see(token)) {
-        attend_codes<Traits, Traits::kBatchUnits, false>(tables, batch, token, query, factors,
-                                                         sight, state);
-        continue;
-      }
-#pragma unroll 1
-      for (int k = 0; k < Traits::kBatchUnits; ++k) {
-        const int first = token + k * Traits::kUnitTokens;
-        if (sight.is_copied(first)) continue;
-        attend_codes<Traits, 1, true>(tables, batch + k * Traits::kUnitBytes, first, query, factors,
-                                      sight, state);
-      }
+  const int num_batches = stream.num_batches();
+  for (int n = 0, slot = 0; n < num_batches; ++n) {
+    stream.wait();
+    stream.fetch(n + Traits::kStages - 1, slot > 0 ? slot - 1 : Traits::kStages - 1);
+    const uint8_t* batch = ring + slot * Traits::kBatchBytes;
+    slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
+    const int token = stream.token(n);
+    factors.enter(shared->span_of(token), shared->query);
+    if (sight.all_see(token)) {
+      attend_codes<Traits, Traits::kBatchUnits, false>(tables, batch, token, query, factors, sight,
+                                                       state);
+      continue;
     }
-    if (next_span * kSpanTokens >= end_token) break;
-    __syncthreads();
-    spans = SpanRange::of(next_span * kSpanTokens, end_token, Traits::kSpans);
-    SpanScorer<Traits, 1> next_scorer(p, rows, spans, kNone, shared->spans);
-    next_scorer.load();
-    next_scorer.score();
-    __syncthreads();
+#pragma unroll 1
+    for (int k = 0; k < Traits::kBatchUnits; ++k) {
+      const int first = token + k * Traits::kUnitTokens;
+      if (sight.is_copied(first)) continue;
+      attend_codes<Traits, 1, true>(tables, batch + k * Traits::kUnitBytes, first, query, factors,
+                                    sight, state);
+    }
   }
   if (reads_copies) {
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
-    attend_copies<Traits>(a, rows.kv_head, query, sight, shared->spans + Traits::kSpans,
-                          shared->copies, factors, state);
+    attend_copies<Traits>(a, rows.kv_head, query, sight, *shared, factors, state);
   }
 
   // 3. Write the partial result.

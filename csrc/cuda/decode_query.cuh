@@ -74,6 +74,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   loaded.q.convert(p.attention.query.dtype, q);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
+    out->plain[row][g * kGroup + first + e] = q[e];
     sink += q[e] * loaded.sink[e];
     q[e] = __fdividef(q[e], loaded.balance[e]);
   }
@@ -126,45 +127,46 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
 struct SpanRange {
   int first, count;
 
-  // Those of tokens [begin, end), at most so many.
-  __device__ static SpanRange of(int begin, int end, int most) {
+  // Those of tokens [begin, end).
+  __device__ static SpanRange of(int begin, int end) {
     const int first = begin / kSpanTokens;
-    return {first, min((end + kSpanTokens - 1) / kSpanTokens - first, most)};
+    return {first, (end + kSpanTokens - 1) / kSpanTokens - first};
   }
 };
 
-// Scores the centers of spans of codes and, behind kSpans, of those of a window: a part of one, as
-// of a query, in every warp, of which each has kAtOnce in flight.
-template <typename Traits, int kAtOnce>
+// Scores the centers of spans, each of which is one warp's turn. The first warps prepare the
+// queries, so the last ones begin.
+template <typename Traits>
 class SpanScorer {
  public:
-  using Scores = typename Traits::SpanScores;
-
-  __device__ SpanScorer(const DecodeParams& p, const RowRange& rows, const SpanRange& codes,
-                        const SpanRange& window, Scores* scores)
-      : p_(p),
-        rows_(rows),
-        codes_(codes),
-        window_(window),
-        scores_(scores),
-        next_(Traits::kWarps - 1 - threadIdx.x / 32) {}  // the first warps prepare the queries
-
-  // Ask for what the next parts need.
-  __device__ void load() {
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int item = next_ + k * Traits::kWarps;
-      if (item < num_items()) load(item / Traits::kQueryParts, item % Traits::kQueryParts, k);
+  __device__ SpanScorer(const AttentionParams& p, int kv_head, const SpanRange& spans)
+      : p_(p), kv_head_(kv_head), spans_(spans), next_(Traits::kWarps - 1 - threadIdx.x / 32) {
+    load();
+    // What comes later is brought closer.
+    constexpr int kLineFloats = 32, kLines = Traits::kHeadDim / kLineFloats;
+    for (int i = threadIdx.x; i < spans.count * kLines; i += Traits::kThreads) {
+      prefetch_l2(center(i / kLines) + i % kLines * kLineFloats);
     }
   }
 
-  // Score them, and then all others.
-  __device__ void score() {
-    while (next_ < num_items()) {
+  // Score them with the rows of prepared queries, behind a barrier.
+  __device__ void score(const typename Traits::Query& query, float scale_log2,
+                        typename Traits::SpanScores* scores) {
+    while (next_ < spans_.count) {
+      typename Traits::SpanScores& to = scores[(spans_.first + next_) % kMostSpans];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k, next_ += Traits::kWarps) {
-        if (next_ < num_items()) score(next_ / Traits::kQueryParts, next_ % Traits::kQueryParts, k);
+      for (int row = 0; row < Traits::kRows; ++row) {
+#pragma unroll
+        for (int g = 0; g < Traits::kNumGroups; ++g) {
+          const float* q = query.plain[row] + g * Traits::kGroup + first();
+          float score = 0.0f;
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) score += q[e] * center_[g][e];
+          score = warp_sum(score);
+          if ((threadIdx.x & 31) == 0) to[row][g] = score * scale_log2;
+        }
       }
+      next_ += Traits::kWarps;
       load();
     }
   }
@@ -172,40 +174,28 @@ class SpanScorer {
  private:
   static constexpr int kCount = kPerLane<Traits::kGroup>;
 
-  __device__ int num_items() const { return (codes_.count + window_.count) * Traits::kQueryParts; }
-
-  __device__ void load(int i, int part, int k) {
-    const AttentionParams& a = p_.attention;
-    const int span = i < codes_.count ? codes_.first + i : window_.first + i - codes_.count;
-    const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
-    const int at = g * Traits::kGroup + (threadIdx.x & 31) * kCount;
-    q_[k] = {};
-    if (!rows_.contains(row)) return;
-    q_[k].load(a.query, rows_.token(row), rows_.head(row), at);
-    const float* center = a.key_frame.near(rows_.kv_head, int64_t{span} * kSpanTokens) + at;
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) center_[k][e] = center[e];
+  __device__ const float* center(int i) const {
+    return p_.key_frame.near(kv_head_, int64_t{spans_.first + i} * kSpanTokens);
   }
 
-  __device__ void score(int i, int part, int k) {
-    float q[kCount], score = 0.0f;
-    q_[k].convert(p_.attention.query.dtype, q);
+  __device__ void load() {
+    if (next_ >= spans_.count) return;
+    const float* from = center(next_) + first();
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) score += q[e] * center_[k][e];
-    score = warp_sum(score);
-    if ((threadIdx.x & 31) == 0) {
-      Scores& to = scores_[i < codes_.count ? i : Traits::kSpans + i - codes_.count];
-      to[part / Traits::kNumGroups][part % Traits::kNumGroups] = score * p_.scale_log2;
+    for (int g = 0; g < Traits::kNumGroups; ++g) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) center_[g][e] = from[g * Traits::kGroup + e];
     }
   }
 
-  const DecodeParams& p_;
-  const RowRange& rows_;
-  const SpanRange codes_, window_;
-  Scores* scores_;
+  // This lane's coordinate of a group.
+  __device__ static int first() { return (threadIdx.x & 31) * kCount; }
+
+  const AttentionParams& p_;
+  const int kv_head_;
+  const SpanRange spans_;
   int next_;
-  RowElements<kCount> q_[kAtOnce];
-  float center_[kAtOnce][kCount] = {};
+  float center_[Traits::kNumGroups][kCount];
 };
 
 }  // namespace tq::cuda

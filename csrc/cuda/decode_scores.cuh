@@ -7,7 +7,7 @@
 
 namespace tq::cuda {
 
-// Scores and value scales of one unit.
+// Scores, less what all keys of a span have, and value scales of one unit.
 template <typename Traits>
 struct UnitScores {
   float score[Traits::kKeyTiles][2];  // log2, tokens g and g + 8
@@ -19,8 +19,8 @@ template <typename Traits>
 struct ScoreFactors {
   float unit[Traits::kKeyTiles][Traits::kNumGroups];
   int32_t base[Traits::kKeyTiles][Traits::kNumGroups];
-  float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for keys that start there
-  float near[Traits::kKeyTiles][Traits::kNumGroups];  // for all others of a span
+  float near[Traits::kKeyTiles];                      // for keys that start at the center of a span
+  float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for those at the sink, less that
 
   __device__ explicit ScoreFactors(const typename Traits::Query& query) {
 #pragma unroll
@@ -30,16 +30,20 @@ struct ScoreFactors {
       for (int g = 0; g < Traits::kNumGroups; ++g) {
         unit[i][g] = query.unit[row][g];
         base[i][g] = query.base[row][g];
-        sink[i][g] = query.sink[row][g];
       }
     }
   }
 
-  __device__ void enter(const typename Traits::SpanScores& span) {
+  __device__ void enter(const typename Traits::SpanScores& span,
+                        const typename Traits::Query& query) {
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
+      const int row = 4 * i + (threadIdx.x & 3);
 #pragma unroll
-      for (int g = 0; g < Traits::kNumGroups; ++g) near[i][g] = span[4 * i + (threadIdx.x & 3)][g];
+      for (int g = 0; g < Traits::kNumGroups; ++g) {
+        near[i] = g == 0 ? span[row][g] : near[i] + span[row][g];
+        sink[i][g] = query.sink[row][g] - span[row][g];
+      }
     }
   }
 };
@@ -121,7 +125,7 @@ template <typename Traits>
 __device__ inline float score_of(const int32_t (&product)[4], int h, float scale, int tile, int g,
                                  const ScoreFactors<Traits>& factors) {
   const int32_t sum = product[2 * h] * 128 + product[2 * h + 1];
-  const float origin = signbit(scale) ? factors.sink[tile][g] : factors.near[tile][g];
+  const float origin = signbit(scale) ? factors.sink[tile][g] : 0.0f;
   return fmaf(fabsf(scale), static_cast<float>(sum) * factors.unit[tile][g], origin);
 }
 

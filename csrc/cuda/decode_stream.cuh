@@ -57,12 +57,8 @@ class DecodeStream {
         shared_(shared),
         ring_(shared_address(ring) + (threadIdx.x & 31) * 16) {}
 
-  __device__ int num_batches() const { return batches_before(end_); }
-
-  // Batches of the stream that come before this one of the request.
-  __device__ int batches_before(int batch) const {
-    const int end = min(batch, end_);
-    return end > first_ ? (end - first_ + Traits::kWarps - 1) / Traits::kWarps : 0;
+  __device__ int num_batches() const {
+    return end_ > first_ ? (end_ - first_ + Traits::kWarps - 1) / Traits::kWarps : 0;
   }
 
   // First token of the stream's batch n.

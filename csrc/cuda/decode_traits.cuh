@@ -27,6 +27,11 @@ struct DecodeParams {
   bool awaits_first;      // the store that it overlaps, before anything else
 };
 
+// Spans of positions that a split's tokens are in, at most. A window may begin in the one before
+// them, and neither needs to begin with a span.
+inline constexpr int kMostSpans = 256;
+inline constexpr int kMostSplitTokens = (kMostSpans - 3) * kSpanTokens;
+
 template <int kHeadDim_, int kRows_, int kWarps_, int kMinCtas_>
 struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDim_;
@@ -45,10 +50,6 @@ struct DecodeTraits {
   // Units from the first of a window on that a batch with tokens of it may have.
   static constexpr int kWindowUnits = kMostWindowUnits + kBatchUnits;
   static constexpr int kStages = kHeadDim > 128 ? 3 : 4;
-
-  // Spans of positions whose centers are scored at a time, and those that a window may have.
-  static constexpr int kSpanBatches = kSpanTokens / kBatchTokens;
-  static constexpr int kSpans = 32, kWindowSpans = 2;
 
   // A query is two int8 numbers, high and low, in neighbouring columns of the key products.
   static constexpr int kKeyTiles = kRows / 4;
@@ -81,6 +82,7 @@ struct DecodeTraits {
     float unit[kRows][kNumGroups];    // score of an integer product of 1
     int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
     float sink[kRows][kNumGroups];    // <q, sink> of a group, scaled, in log2
+    alignas(16) float plain[kRows][kHeadDim];
   };
   // <q, center> of a span, likewise.
   using SpanScores = float[kRows][kNumGroups];
@@ -118,16 +120,20 @@ struct DecodeTraits {
     alignas(16) float max[kRows][kWarps];  // log2, of each warp
     alignas(16) float sum[kRows][kWarps];  // in units of its maximum
     alignas(16) uint8_t copies[kCopyBuffers > 0 ? kCopyBuffers * kCopyBytes : 1];
-    SpanScores spans[kSpans + kWindowSpans];  // the last are the window's, from its first span on
-    int32_t window[kWindowUnits];             // entries of Copies::unit_map
-    bool is_last;                             // of the request's splits
+    SpanScores spans[kMostSpans];  // of the span i * kMostSpans + its index, whatever i is
+
+    // Of the span of a token.
+    __device__ const SpanScores& span_of(int token) const {
+      return spans[static_cast<unsigned>(token) / kSpanTokens % kMostSpans];
+    }
+    int32_t window[kWindowUnits];  // entries of Copies::unit_map
+    bool is_last;                  // of the request's splits
   };
 
   static_assert(kRows == 4 || kRows == 8, "values are multiplied with at most eight columns");
   static_assert(kUnitBytes % 16 == 0, "a unit is copied in 16-byte pieces");
   static_assert(32 % kBatchUnits == 0, "lanes find the blocks of whole batches");
   static_assert(kSpanTokens % kBatchTokens == 0, "a batch's keys share their center");
-  static_assert(kMostWindowUnits * kUnitTokens <= kSpanTokens, "a window is in two spans");
 };
 
 // Wide CTAs fill an SM alone: their warps share one prologue and one merge. Narrow ones overlap

@@ -147,6 +147,7 @@ __device__ inline void add_values(const Values& values, const float (&p)[Traits:
 // values(k, g) gives. Shrinks first what was summed, where scores or scales have outgrown it.
 template <typename Traits, int kUnits, typename Values>
 __device__ inline void add_units(const UnitScores<Traits> (&units)[kUnits], const Values& values,
+                                 const float (&near)[Traits::kKeyTiles],
                                  DecodeState<Traits>& state) {
   float score_max[Traits::kKeyTiles], beta_max = 0.0f;
 #pragma unroll
@@ -165,8 +166,14 @@ __device__ inline void add_units(const UnitScores<Traits> (&units)[kUnits], cons
   }
   bool grows = beta_max > state.value_scale;
 #pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) grows |= score_max[i] > state.max[i] + kMaxLag;
+  for (int i = 0; i < Traits::kKeyTiles; ++i) {
+    score_max[i] += near[i];
+    grows |= score_max[i] > state.max[i] + kMaxLag;
+  }
   if (__any_sync(kAllLanes, grows)) rescale<Traits>(score_max, beta_max, state);
+  float max[Traits::kKeyTiles];  // as the scores are
+#pragma unroll
+  for (int i = 0; i < Traits::kKeyTiles; ++i) max[i] = state.max[i] - near[i];
 
   const float inverse = __fdividef(kWeightScale, state.value_scale);
 #pragma unroll
@@ -176,7 +183,7 @@ __device__ inline void add_units(const UnitScores<Traits> (&units)[kUnits], cons
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        p[i][h] = exp2_approx(units[k].score[i][h] - state.max[i]);
+        p[i][h] = exp2_approx(units[k].score[i][h] - max[i]);
         state.sum[i] += p[i][h];
       }
     }

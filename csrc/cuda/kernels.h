@@ -31,11 +31,11 @@ struct DecodeShape {
   int64_t num_reqs, num_tokens, num_heads, num_kv_heads, head_dim;
 };
 
-// max_tokens: about how many cached tokens of a request are read, at most.
+// max_tokens: how many cached tokens of a request are read, at most.
 DecodePlan plan_decode(const DecodeShape& shape, int64_t max_tokens);
 
-// Upper bound of num_splits of any plan for the shape.
-int64_t most_splits(const DecodeShape& shape);
+// Upper bound of num_splits of any plan for the shape and at most so many tokens of a request.
+int64_t most_splits(const DecodeShape& shape, int64_t max_tokens);
 
 // Partial results, one of every split, and who is done with them.
 struct Partials {

@@ -139,9 +139,9 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
 }
 
 int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int64_t num_heads,
-                                      int64_t num_kv_heads, int64_t head_dim) {
+                                      int64_t num_kv_heads, int64_t head_dim, int64_t max_tokens) {
   const cuda::DecodeShape shape{num_reqs, num_tokens, num_heads, num_kv_heads, head_dim};
-  return cuda::most_splits(shape) * num_tokens * num_heads * (head_dim + 1) * sizeof(float);
+  return cuda::most_splits(shape, max_tokens) * num_tokens * num_heads * (head_dim + 1) * sizeof(float);
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,

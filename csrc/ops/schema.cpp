@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
       "()");
   m.def(
       "paged_attention_scratch_bytes(int num_reqs, int num_tokens, int num_heads, "
-      "int num_kv_heads, int head_dim) -> int");
+      "int num_kv_heads, int head_dim, int max_tokens) -> int");
   m.def(
       "dequantize(Tensor kv_cache, Tensor block_table, Tensor seq_starts, Tensor cu_seq_lens, "
       "Tensor key_frame, Tensor(a!) key_out, Tensor(b!) value_out, Tensor? recent=None, "
