@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_turboquant import ops, reference
-from vllm_turboquant.frame import BALANCE, SINK, near_origins
+from vllm_turboquant.frame import BALANCE, SINK, near_origins, num_spans
 from vllm_turboquant.layout import SlotLayout
 from vllm_turboquant.testing import random_frame
 
@@ -235,11 +235,19 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "seq_lens, num_kv_heads",
-    [([131072], 1), ([32768, 40000], 2), ([8192] * 8, 2), ([300] * 64, 2), ([1] * 64, 1)],
-    ids=["1x128K", "2x32K", "8x8K", "64x300", "64x1"],
+    [
+        ([131072], 1),
+        ([150_000, *[1] * 400], 1),  # more spans than a CTA knows at a time
+        ([32768, 40000], 2),
+        ([8192] * 8, 2),
+        ([300] * 64, 2),
+        ([1] * 64, 1),
+    ],
+    ids=["1x128K", "150K among 400", "2x32K", "8x8K", "64x300", "64x1"],
 )
 def test_batch_and_context(seq_lens: list[int], num_kv_heads: int) -> None:
-    check_attention(make_case(seq_lens, num_kv_heads=num_kv_heads, seed=4))
+    spans = num_spans(max(seq_lens))
+    check_attention(make_case(seq_lens, num_kv_heads=num_kv_heads, num_spans=spans, seed=4))
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 5.0, 30.0])

@@ -34,8 +34,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
 
     Attributes:
         sliding_window: Tokens, its own included, that a row sees at most; 0 for no limit.
-        key_frame: [num_kv_heads, 3, head_dim] float32, what keys are coded in. Set before the first
-            token is stored and constant from then on.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32, what keys are coded in. Set
+            before the first token is stored and constant from then on.
         relative_frame: The same for keys less their center.
         observe: Set while frames are measured: receives queries [num_tokens, num_heads, head_dim]
             and keys [num_tokens, num_kv_heads, head_dim] of one sequence, in a run without a cache.

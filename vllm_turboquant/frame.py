@@ -61,8 +61,8 @@ def near_origins(key_frame: Tensor, positions: Tensor | None) -> Tensor:
 
     Args:
         key_frame: [num_kv_heads, 3 + num_spans, head_dim].
-        positions: [num_tokens] integer; those past the last span belong to it. May be None where
-            there are no spans.
+        positions: [num_tokens] integer, not negative; those past the last span belong to it. May be
+            None where there are no spans.
 
     Returns:
         [num_tokens, num_kv_heads, head_dim], or, without spans, [num_kv_heads, head_dim].

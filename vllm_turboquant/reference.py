@@ -38,6 +38,7 @@ from torch import Tensor
 from vllm_turboquant.codebook import Codebook, solve_codebook
 from vllm_turboquant.frame import BALANCE, SINK, near_origins
 from vllm_turboquant.layout import SlotLayout
+from vllm_turboquant.reference_blocks import block_arrays, pack_bits, unpack_bits
 from vllm_turboquant.rotation import ROTATION, Rotation, hadamard
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -309,30 +310,6 @@ def load(
     )
 
 
-def block_arrays(kv_cache: Tensor, layout: SlotLayout) -> dict[str, Tensor]:
-    """View the arrays of every block region without copying.
-
-    Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, each (block, head)
-            contiguous.
-
-    Returns:
-        Views by section name: codes [num_blocks, num_kv_heads, block_size, bytes] uint8, scales
-        [num_blocks, num_kv_heads, num_groups, block_size] float16.
-    """
-    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    region = kv_cache.view(num_blocks, num_kv_heads, -1)  # refuses what it would have to copy
-    arrays: dict[str, Tensor] = {}
-    for name, section in layout.sections(block_size).items():
-        part = region[:, :, section.offset_bytes : section.end_bytes]
-        if name.endswith("_scale"):
-            shape = (num_blocks, num_kv_heads, layout.num_groups, block_size)
-            arrays[name] = part.view(torch.float16).view(shape)
-        else:
-            arrays[name] = part.view(num_blocks, num_kv_heads, block_size, -1)
-    return arrays
-
-
 def visible_tokens(
     num_rows: int, seq_len: int, *, causal: bool = True, sliding_window: int = 0
 ) -> Tensor:
@@ -467,35 +444,6 @@ def score_codes(
     )
     per_group += torch.where(code.at_sink.permute(1, 2, 0)[None, :, None], at_sink, near)
     return per_group.sum(dim=-2)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack small integers along the last axis, the first one in the lowest bits of a byte.
-
-    Args:
-        codes: [..., n] below ``2 ** bits``.
-
-    Returns:
-        [..., n * bits / 8] uint8.
-    """
-    per_byte = 8 // bits
-    shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
-    num_bytes = codes.shape[-1] // per_byte
-    parts = codes.to(torch.uint8).reshape(*codes.shape[:-1], num_bytes, per_byte) << shifts
-    return parts.sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Undo ``pack_bits``.
-
-    Args:
-        packed: [..., m] uint8.
-
-    Returns:
-        [..., m * 8 / bits] uint8.
-    """
-    shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
 
 
 def _split(x: Tensor, layout: SlotLayout) -> Tensor:

@@ -143,7 +143,7 @@ def reconstruct(
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, slot_bytes] uint8.
         tile: Which tokens.
-        key_frame: [num_kv_heads, 3, head_dim] float32.
+        key_frame: [num_kv_heads, 3 + num_spans, head_dim] float32.
         buffers: For keys and values, [>= num_tokens, num_kv_heads, head_dim].
         recent: [num_places, num_kv_heads, unit_bytes] uint8; None to read codes only.
         unit_map: [num_units] int32, given together with ``recent``.

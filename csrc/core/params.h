@@ -58,7 +58,8 @@ struct KeyFrame {
   TQ_HOST_DEVICE const float* near(int64_t kv_head, int64_t position) const {
     if (num_spans == 0) return center(kv_head);
     const uint64_t span = static_cast<uint64_t>(position) / kSpanTokens;
-    return row(kv_head, 3 + (span < num_spans ? static_cast<int>(span) : num_spans - 1));
+    const bool is_last = span >= static_cast<uint64_t>(num_spans);
+    return row(kv_head, 3 + (is_last ? num_spans - 1 : static_cast<int>(span)));
   }
 
  private:

@@ -201,7 +201,7 @@ __device__ inline void attend_copies(const AttentionParams& a, int kv_head,
     const uint8_t* copies = i < Traits::kCopyBuffers ? shared.copies + i * Traits::kCopyBytes
                                                      : a.copies.unit(mapped, kv_head);
     const int first = sight.window + i * Traits::kUnitTokens;
-    factors.enter(shared.span_of(first), shared.query);
+    factors.enter(shared.span_of(first));
     UnitScores<Traits> units[1];
     score_copies<Traits>(copies, query, factors, units);
     sight.hide(first, true, units);
@@ -248,16 +248,16 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   // for more. What the warps need first is asked for first: it would wait behind all codes.
   LoadedQuery<Traits> loaded;
   if (warp < Traits::kQueryParts) loaded.load(a, rows, warp);
-  const int first_token = begin * Traits::kBatchTokens, end_token = end * Traits::kBatchTokens;
-  const SpanRange spans =
-      SpanRange::of(reads_copies ? min(first_token, sight.window) : first_token, end_token);
-  SpanScorer<Traits> scorer(a, rows.kv_head, spans);
   uint8_t* ring = shared->ring[warp];
   DecodeStream<Traits> stream(p, req, rows.kv_head, begin + warp, end, sight.stored, shared->stream,
                               ring);
   const bool has_window = warp == Traits::kWarps - 1 && end * Traits::kBatchTokens > sight.window;
   WindowUnits<Traits> window(p, req, has_window);
   stream.look_up();
+  const int first_token = begin * Traits::kBatchTokens, end_token = end * Traits::kBatchTokens;
+  const SpanRange spans =
+      SpanRange::of(reads_copies ? min(first_token, sight.window) : first_token, end_token);
+  SpanScorer<Traits> scorer(a, rows.kv_head, spans);
   prepare_stream<Traits>(a, &shared->stream);
   __syncthreads();
   stream.locate();
@@ -266,14 +266,23 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   if (has_window) window.share(rows.kv_head, reads_copies, shared->window);
   for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {
     if (part != warp) loaded.load(a, rows, part);
-    prepare_query<Traits>(p, loaded, part, &shared->query);
+    share_query<Traits>(a, loaded, part, &shared->query);
   }
   __syncthreads();
-  if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
+  const auto fetch_more = [&] {
+    if (reads_copies) fetch_copies<Traits>(a, rows.kv_head, sight, shared->copies);
 #pragma unroll
-  for (int n = 1; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+    for (int n = 1; n < Traits::kStages - 1; ++n) stream.fetch(n, n);
+  };
+  // A wide CTA has nothing else to do until the centers are there, which would wait behind codes.
+  if constexpr (!Traits::kIsWide) fetch_more();
+  for (int part = warp; part < Traits::kQueryParts; part += Traits::kWarps) {
+    if (Traits::kQueryParts > Traits::kWarps) loaded.load(a, rows, part);
+    prepare_query<Traits>(p, loaded, part, &shared->query);
+  }
   scorer.score(shared->query, p.scale_log2, shared->spans);
   __syncthreads();
+  if constexpr (Traits::kIsWide) fetch_more();
   const QueryOperands<Traits> query(shared->query);
   ScoreFactors<Traits> factors(shared->query);
 
@@ -287,7 +296,7 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     const uint8_t* batch = ring + slot * Traits::kBatchBytes;
     slot = slot + 1 < Traits::kStages ? slot + 1 : 0;
     const int token = stream.token(n);
-    factors.enter(shared->span_of(token), shared->query);
+    factors.enter(shared->span_of(token));
     if (sight.all_see(token)) {
       attend_codes<Traits, Traits::kBatchUnits, false>(tables, batch, token, query, factors, sight,
                                                        state);

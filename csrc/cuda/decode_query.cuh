@@ -42,7 +42,7 @@ template <typename Traits>
 struct LoadedQuery {
   static constexpr int kCount = kPerLane<Traits::kGroup>;
   RowElements<kCount> q;
-  float sink[kCount] = {}, balance[kCount];
+  float balance[kCount];
 
   __device__ void load(const AttentionParams& a, const RowRange& rows, int part) {
     const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
@@ -52,14 +52,28 @@ struct LoadedQuery {
     if (!rows.contains(row)) return;
     q.load(a.query, rows.token(row), rows.head(row), at);
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      sink[e] = a.key_frame.sink(rows.kv_head)[at + e];
-      balance[e] = a.key_frame.balance(rows.kv_head)[at + e];
-    }
+    for (int e = 0; e < kCount; ++e) balance[e] = a.key_frame.balance(rows.kv_head)[at + e];
   }
 };
 
-// Prepare one part with one warp.
+// This lane's coordinates of a part in shared memory.
+template <typename Traits>
+__device__ inline float* plain_query(typename Traits::Query& query, int part) {
+  constexpr int kCount = kPerLane<Traits::kGroup>;
+  return query.plain[part / Traits::kNumGroups] + part % Traits::kNumGroups * Traits::kGroup +
+         (threadIdx.x & 31) * kCount;
+}
+
+// Share one part as it is.
+template <typename Traits>
+__device__ inline void share_query(const AttentionParams& a, const LoadedQuery<Traits>& loaded,
+                                   int part, typename Traits::Query* out) {
+  float q[kPerLane<Traits::kGroup>];
+  loaded.q.convert(a.query.dtype, q);
+  store_lanes(plain_query<Traits>(*out, part), q);
+}
+
+// Prepare one part, which has been shared, with one warp.
 template <typename Traits>
 __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Traits>& loaded,
                                      int part, typename Traits::Query* out) {
@@ -70,15 +84,10 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   const int column = row / 4 * 8 + row % 4 * 2;
 
   // 1. q1 = H D1 B^-1 q and q2 = H D2 q1, softmax scale included.
-  float q[kCount], diagonal[kCount], sink = 0.0f;
-  loaded.q.convert(p.attention.query.dtype, q);
+  float q[kCount], diagonal[kCount];
+  load_lanes(plain_query<Traits>(*out, part), q);
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    out->plain[row][g * kGroup + first + e] = q[e];
-    sink += q[e] * loaded.sink[e];
-    q[e] = __fdividef(q[e], loaded.balance[e]);
-  }
-  sink = warp_sum(sink);
+  for (int e = 0; e < kCount; ++e) q[e] = __fdividef(q[e], loaded.balance[e]);
   lane_signs<kGroup, kKeySigns>(diagonal);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) q[e] *= diagonal[e];
@@ -119,7 +128,6 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
     // The sum carries NaN and infinity of a query into its scores; integers cannot.
     out->unit[row][g] = largest * (1.0f / kLargest) + 0.0f * sum;
     out->base[row][g] = __float2int_rn(-sum * inverse);
-    out->sink[row][g] = sink * p.scale_log2;
   }
 }
 
@@ -134,68 +142,71 @@ struct SpanRange {
   }
 };
 
-// Scores the centers of spans, each of which is one warp's turn. The first warps prepare the
+// Scores the sink and the centers of spans, each span one warp's turn. The first warps prepare the
 // queries, so the last ones begin.
 template <typename Traits>
 class SpanScorer {
  public:
   __device__ SpanScorer(const AttentionParams& p, int kv_head, const SpanRange& spans)
-      : p_(p), kv_head_(kv_head), spans_(spans), next_(Traits::kWarps - 1 - threadIdx.x / 32) {
-    load();
-    // What comes later is brought closer.
-    constexpr int kLineFloats = 32, kLines = Traits::kHeadDim / kLineFloats;
-    for (int i = threadIdx.x; i < spans.count * kLines; i += Traits::kThreads) {
-      prefetch_l2(center(i / kLines) + i % kLines * kLineFloats);
-    }
+      : frame_(p.key_frame),
+        kv_head_(kv_head),
+        spans_(spans),
+        next_(Traits::kWarps - 1 - threadIdx.x / 32) {
+    if (next_ < spans_.count) load_origin(frame_.sink(kv_head_), sink_);
+    load_center();
   }
 
-  // Score them with the rows of prepared queries, behind a barrier.
+  // query: shared by all warps.
   __device__ void score(const typename Traits::Query& query, float scale_log2,
                         typename Traits::SpanScores* scores) {
-    while (next_ < spans_.count) {
-      typename Traits::SpanScores& to = scores[(spans_.first + next_) % kMostSpans];
-#pragma unroll
-      for (int row = 0; row < Traits::kRows; ++row) {
-#pragma unroll
-        for (int g = 0; g < Traits::kNumGroups; ++g) {
-          const float* q = query.plain[row] + g * Traits::kGroup + first();
-          float score = 0.0f;
-#pragma unroll
-          for (int e = 0; e < kCount; ++e) score += q[e] * center_[g][e];
-          score = warp_sum(score);
-          if ((threadIdx.x & 31) == 0) to[row][g] = score * scale_log2;
-        }
-      }
-      next_ += Traits::kWarps;
-      load();
+    if (next_ >= spans_.count) return;
+    constexpr int kLanes = 32 / kParts;  // that have the score of a part
+    const int lane = threadIdx.x & 31;
+    const float sink = scale_log2 * dot(query, sink_);
+    for (; next_ < spans_.count; next_ += Traits::kWarps, load_center()) {
+      const float near = scale_log2 * dot(query, center_);
+      auto* of_parts = &scores[(spans_.first + next_) % kMostSpans][0][0];
+      if (lane % kLanes == 0) of_parts[lane / kLanes] = {near, sink - near};
     }
   }
 
  private:
   static constexpr int kCount = kPerLane<Traits::kGroup>;
+  static constexpr int kParts = Traits::kRows * Traits::kNumGroups;
+  using Origin = float[Traits::kNumGroups][kCount];
 
-  __device__ const float* center(int i) const {
-    return p_.key_frame.near(kv_head_, int64_t{spans_.first + i} * kSpanTokens);
-  }
-
-  __device__ void load() {
-    if (next_ >= spans_.count) return;
-    const float* from = center(next_) + first();
+  __device__ static void load_origin(const float* from, Origin& origin) {
 #pragma unroll
     for (int g = 0; g < Traits::kNumGroups; ++g) {
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) center_[g][e] = from[g * Traits::kGroup + e];
+      load_lanes(from + g * Traits::kGroup + (threadIdx.x & 31) * kCount, origin[g]);
     }
   }
 
-  // This lane's coordinate of a group.
-  __device__ static int first() { return (threadIdx.x & 31) * kCount; }
+  __device__ void load_center() {
+    if (next_ >= spans_.count) return;
+    load_origin(frame_.near(kv_head_, int64_t{spans_.first + next_} * kSpanTokens), center_);
+  }
 
-  const AttentionParams& p_;
+  // Inner product with the part, row and group, that is lane / (32 / kParts).
+  __device__ static float dot(const typename Traits::Query& query, const Origin& origin) {
+    float sums[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int row = i / Traits::kNumGroups, g = i % Traits::kNumGroups;
+      float q[kCount];
+      load_lanes(query.plain[row] + g * Traits::kGroup + (threadIdx.x & 31) * kCount, q);
+      sums[i] = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) sums[i] += q[e] * origin[g][e];
+    }
+    return warp_sums(sums);
+  }
+
+  const KeyFrame& frame_;
   const int kv_head_;
   const SpanRange spans_;
   int next_;
-  float center_[Traits::kNumGroups][kCount];
+  Origin sink_, center_;
 };
 
 }  // namespace tq::cuda

@@ -34,15 +34,15 @@ struct ScoreFactors {
     }
   }
 
-  __device__ void enter(const typename Traits::SpanScores& span,
-                        const typename Traits::Query& query) {
+  __device__ void enter(const typename Traits::SpanScores& span) {
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
       const int row = 4 * i + (threadIdx.x & 3);
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
-        near[i] = g == 0 ? span[row][g] : near[i] + span[row][g];
-        sink[i][g] = query.sink[row][g] - span[row][g];
+        const typename Traits::SpanScore score = span[row][g];
+        near[i] = g == 0 ? score.near : near[i] + score.near;
+        sink[i][g] = score.sink;
       }
     }
   }

@@ -29,7 +29,7 @@ struct DecodeParams {
 
 // Spans of positions that a split's tokens are in, at most. A window may begin in the one before
 // them, and neither needs to begin with a span.
-inline constexpr int kMostSpans = 256;
+inline constexpr int kMostSpans = 128;
 inline constexpr int kMostSplitTokens = (kMostSpans - 3) * kSpanTokens;
 
 template <int kHeadDim_, int kRows_, int kWarps_, int kMinCtas_>
@@ -40,6 +40,7 @@ struct DecodeTraits {
   static constexpr int kNumGroups = kHeadDim / kGroup;
   static constexpr int kWarps = kWarps_;
   static constexpr int kMinCtas = kMinCtas_;  // of one SM; bounds the registers
+  static constexpr bool kIsWide = kMinCtas == 1;
   static constexpr int kThreads = kWarps * 32;
 
   // A unit is 16 tokens of one block; a batch is what a warp scores between two looks at the
@@ -73,7 +74,7 @@ struct DecodeTraits {
 
   // Units of copies that are read ahead, while the warps read codes: those of the default window,
   // where a CTA has an SM's shared memory to itself.
-  static constexpr int kCopyBuffers = kMinCtas == 1 ? 3 : 0;
+  static constexpr int kCopyBuffers = kIsWide ? 3 : 0;
   static constexpr int kCopyBytes = SlotLayout{kHeadDim}.copy_offsets().size;
 
   struct Query {
@@ -81,11 +82,13 @@ struct DecodeTraits {
     alignas(16) uint8_t sign[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
     float unit[kRows][kNumGroups];    // score of an integer product of 1
     int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
-    float sink[kRows][kNumGroups];    // <q, sink> of a group, scaled, in log2
     alignas(16) float plain[kRows][kHeadDim];
   };
-  // <q, center> of a span, likewise.
-  using SpanScores = float[kRows][kNumGroups];
+  // <q, center> of a span, and <q, sink - center>, scaled, in log2.
+  struct SpanScore {
+    float near, sink;
+  };
+  using SpanScores = SpanScore[kRows][kNumGroups];
   // Results of the warps, in units of the largest maximum.
   struct Merge {
     // Lanes write 16 bytes of two rows at once; the padding brings them to different banks.

@@ -165,15 +165,19 @@ __device__ inline void add_units(const UnitScores<Traits> (&units)[kUnits], cons
     }
   }
   bool grows = beta_max > state.value_scale;
+  float max[Traits::kKeyTiles];  // less what the scores lack
 #pragma unroll
   for (int i = 0; i < Traits::kKeyTiles; ++i) {
-    score_max[i] += near[i];
-    grows |= score_max[i] > state.max[i] + kMaxLag;
+    max[i] = state.max[i] - near[i];
+    grows |= score_max[i] > max[i] + kMaxLag;
   }
-  if (__any_sync(kAllLanes, grows)) rescale<Traits>(score_max, beta_max, state);
-  float max[Traits::kKeyTiles];  // as the scores are
+  if (__any_sync(kAllLanes, grows)) {
 #pragma unroll
-  for (int i = 0; i < Traits::kKeyTiles; ++i) max[i] = state.max[i] - near[i];
+    for (int i = 0; i < Traits::kKeyTiles; ++i) score_max[i] += near[i];
+    rescale<Traits>(score_max, beta_max, state);
+#pragma unroll
+    for (int i = 0; i < Traits::kKeyTiles; ++i) max[i] = state.max[i] - near[i];
+  }
 
   const float inverse = __fdividef(kWeightScale, state.value_scale);
 #pragma unroll

@@ -75,6 +75,47 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Sums of kCount numbers, a power of two up to 32, of every lane; lane i gets that of number
+// i / (32 / kCount). The numbers are overwritten.
+template <int kCount>
+__device__ inline float warp_sums(float (&x)[kCount]) {
+  const int lane = threadIdx.x & 31;
+  int mask = 16;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, mask /= 2) {
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, given, mask);
+    }
+  }
+#pragma unroll
+  for (; mask > 0; mask /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], mask);
+  return x[0];
+}
+
+// A lane's share of a group in float32, aligned to all of it.
+template <int kCount>
+__device__ inline void load_lanes(const float* from, float (&x)[kCount]) {
+  static_assert(kCount == 2 || kCount == 4, "groups of 64 or 128");
+  if constexpr (kCount == 4) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+  } else {
+    const float2 all = *reinterpret_cast<const float2*>(from);
+    x[0] = all.x, x[1] = all.y;
+  }
+}
+template <int kCount>
+__device__ inline void store_lanes(float* to, const float (&x)[kCount]) {
+  if constexpr (kCount == 4) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+  } else {
+    *reinterpret_cast<float2*>(to) = {x[0], x[1]};
+  }
+}
+
 // +1 or -1 at this lane's coordinates.
 template <int kGroup, const SignDiagonal& kDiagonal>
 __device__ inline void lane_signs(float (&sign)[kPerLane<kGroup>]) {

@@ -83,6 +83,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
                        causal, out, lse, recent, unit_map, window_units, sliding_window);
   const int64_t num_tokens = query.size(0), head_dim = query.size(2);
   check_aligned(p.cache);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.key_frame.data) % 16 == 0,
+                  "key_frame must be aligned to 16 bytes");
   STD_TORCH_CHECK(num_tokens <= out.size(0) && num_tokens <= lse.size(1), "query has ", num_tokens,
                   " rows, out and lse have ", out.size(0), " and ", lse.size(1));
   check_device("query", query, kv_cache);
@@ -141,7 +143,8 @@ void paged_attention(const Tensor& query, Tensor kv_cache, const Tensor& block_t
 int64_t paged_attention_scratch_bytes(int64_t num_reqs, int64_t num_tokens, int64_t num_heads,
                                       int64_t num_kv_heads, int64_t head_dim, int64_t max_tokens) {
   const cuda::DecodeShape shape{num_reqs, num_tokens, num_heads, num_kv_heads, head_dim};
-  return cuda::most_splits(shape, max_tokens) * num_tokens * num_heads * (head_dim + 1) * sizeof(float);
+  return cuda::most_splits(shape, max_tokens) * num_tokens * num_heads * (head_dim + 1) *
+         sizeof(float);
 }
 
 void dequantize(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_starts,
