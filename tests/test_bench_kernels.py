@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,17 @@ def test_a_cut_run_keeps_its_rows(
         command(monkeypatch, "--json", tmp_path / "cut.json")
     written = json.loads((tmp_path / "cut.json").read_text())
     assert [(r["batch"], r["context"]) for r in written["rows"]] == [(1, 32 * K), (1, 128 * K)]
+
+
+@pytest.mark.usefixtures("fake_kernels")
+def test_what_is_timed_first_belongs_to_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = chain([1000.0], repeat(50.0))
+    monkeypatch.setattr(bench_kernels, "bench_turboquant", lambda *_, **__: next(times))
+    command(monkeypatch, "--set", "bars", "--json", tmp_path / "record.json")
+    rows = bench_kernels.read_record(tmp_path / "record.json")["rows"]
+    assert {row["turboquant3_us"] for row in rows} == {50.0}
 
 
 @pytest.mark.usefixtures("fake_kernels")

@@ -129,14 +129,20 @@ def test_the_log_states_what_copies_take_once(turboquant_server: Server) -> None
 
 
 def test_the_engine_centers_keys_when_it_starts(turboquant_server: Server) -> None:
-    """At all positions, keys have much in common with this model; the log says how much, once."""
+    """At all positions, keys have much in common with this model; the log says how much, once.
+
+    All layers turn their keys as their rotary embedding says.
+    """
     assert turboquant_server.log is not None
     found = re.findall(
-        r"keys are centered by the mean over (\d+) random tokens: up to ([\d.]+) %",
+        r"keys are centered by the mean over \d+ random tokens, turned to every 512 positions in "
+        r"(\d+) of (\d+) layers: up to ([\d.]+) %",
         turboquant_server.log.read_text(),
     )
     assert len(found) == 1
-    assert float(found[0][1]) > 70
+    turned, layers, share = found[0]
+    assert turned == layers
+    assert float(share) > 70
 
 
 def test_auto_is_byte_identical_with_and_without_the_plugin(
