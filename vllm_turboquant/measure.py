@@ -75,13 +75,12 @@ class KeyMoments:
         Args:
             query: [num_tokens, num_heads, head_dim], after RoPE.
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
-            rotations: Where its tokens are and how RoPE turned them, if that is known.
+            rotations: How RoPE turned its tokens, but for those that are skipped, if that is known.
         """
-        skipped = min(NUM_SKIPPED, key.shape[0] - 1)
-        key, query = key.float(), query.float()[skipped:]
-        center, sink = key[skipped:].mean(dim=0), key[0]
-        near, span_centers = _near_centers(key, center, rotations, skipped)
-        key = key[skipped:]
+        skipped = num_skipped(key.shape[0])
+        sink, key, query = key[0].float(), key[skipped:].float(), query[skipped:].float()
+        center = key.mean(dim=0)
+        near, span_centers = _near_centers(key, center, rotations)
         key_power = (key - near).square().mean(dim=0)
         query_power = query.square().mean(dim=0).view(len(center), -1, center.shape[1]).mean(dim=1)
         frame = make_frame(center, sink, balance(query_power, key_power), span_centers)
@@ -93,11 +92,11 @@ class KeyMoments:
 
         Args:
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
-            rotations: As for ``of``.
+            rotations: How RoPE turned them, if that is known.
         """
         key = key.float()
         center = key.mean(dim=0)
-        near, span_centers = _near_centers(key, center, rotations, 0)
+        near, span_centers = _near_centers(key, center, rotations)
         frame = make_frame(center, center, torch.ones_like(center), span_centers)
         return KeyMoments(frame, _share(key, near))
 
@@ -120,8 +119,13 @@ def balance(query_power: Tensor, key_power: Tensor) -> Tensor:
     return stretch.exp().clamp(1 / MAX_BALANCE, MAX_BALANCE)
 
 
+def num_skipped(num_tokens: int) -> int:
+    """How many of the first tokens of a sequence say nothing about the others."""
+    return min(NUM_SKIPPED, num_tokens - 1)
+
+
 def _near_centers(
-    key: Tensor, center: Tensor, rotations: Rotations | None, skipped: int
+    key: Tensor, center: Tensor, rotations: Rotations | None
 ) -> tuple[Tensor, Tensor | None]:
     """The centers that keys are nearest to, and those of spans, where these are nearer than one.
 
@@ -129,19 +133,17 @@ def _near_centers(
 
     Args:
         key: [num_tokens, num_kv_heads, head_dim] float32.
-        center: [num_kv_heads, head_dim], of all tokens that are not skipped.
-        rotations: See ``KeyMoments.of``.
-        skipped: How many of the first tokens do not count.
+        center: [num_kv_heads, head_dim], their mean.
+        rotations: How RoPE turned them, if that is known.
 
     Returns:
-        [num_tokens - skipped, num_kv_heads, head_dim] or ``center``, and
-        [num_kv_heads, num_spans, head_dim] or None.
+        [num_tokens, num_kv_heads, head_dim] or ``center``, and [num_kv_heads, num_spans, head_dim]
+        or None.
     """
     if rotations is None:
         return center, None
-    span_centers = rotations.centers(key, skipped)
-    key = key[skipped:]
-    near = span_centers[:, rotations.positions[skipped:] // SPAN_TOKENS].transpose(0, 1)
+    span_centers = rotations.centers(key)
+    near = span_centers[:, rotations.positions // SPAN_TOKENS].transpose(0, 1)
     if (key - near).square().sum() < (key - center).square().sum():
         return near, span_centers
     return center, None
@@ -281,7 +283,7 @@ def _measured_moments(
 ) -> dict[str, KeyMoments]:
     """Run the model once over random tokens at these positions, without a cache."""
     config, num_tokens = vllm_config.model_config, len(positions)
-    rotations = _rotations(model, layers, positions, vllm_config)
+    rotations = _rotations(model, layers, positions[num_skipped(num_tokens) :], vllm_config)
     generator = torch.Generator().manual_seed(SEED)
     input_ids = torch.randint(config.get_vocab_size(), (num_tokens,), generator=generator)
     if config.uses_mrope:  # temporal, height and width positions, the same for text
@@ -359,7 +361,7 @@ def _bias_moments(
     vllm_config: VllmConfig,
 ) -> dict[str, KeyMoments]:
     """Moments of keys that are nothing but their projection's bias, rotated to these positions."""
-    positions = positions[min(NUM_SKIPPED, len(positions) - 1) :]
+    positions = positions[num_skipped(len(positions)) :]
     rotations = _rotations(model, layers, positions, vllm_config)
     parents, moments = _parents(model), {}
     for name, layer in layers.items():

@@ -34,11 +34,13 @@ class Rotations:
     Attributes:
         positions: [num_tokens] int64, where keys are measured.
         measured: [num_tokens, head_dim, head_dim] float32; a key before RoPE times this is the key.
+        gram: [head_dim, head_dim] float64, sum of ``measured`` times its transpose.
         spans: [num_spans, head_dim, head_dim] float32, means.
     """
 
     positions: Tensor
     measured: Tensor
+    gram: Tensor
     spans: Tensor
 
     @staticmethod
@@ -78,21 +80,20 @@ class Rotations:
             matrices(part.flatten()).unflatten(0, part.shape).mean(dim=1)
             for part in sampled.split(SPANS_AT_ONCE)
         ]
-        return Rotations(positions, matrices(positions), torch.cat(means))
+        measured = matrices(positions)
+        columns = measured.transpose(0, 1).flatten(1).double()
+        return Rotations(positions, measured, columns @ columns.T, torch.cat(means))
 
-    def centers(self, key: Tensor, skipped: int) -> Tensor:
+    def centers(self, key: Tensor) -> Tensor:
         """Centers of all spans.
 
         Args:
             key: [num_tokens, num_kv_heads, head_dim], after RoPE.
-            skipped: How many of the first tokens do not count.
 
         Returns:
             [num_kv_heads, num_spans, head_dim] float32.
         """
-        rotation, key = self.measured[skipped:].double(), key[skipped:].double()
         # The b that makes sum |k - b R|^2 smallest.
-        gram = torch.einsum("tij,tkj->ik", rotation, rotation)
-        moments = torch.einsum("thj,tij->hi", key, rotation)
-        mean = torch.linalg.solve(gram, moments.T).T
+        moments = torch.einsum("thj,tij->hi", key.float(), self.measured)
+        mean = torch.linalg.solve(self.gram, moments.T.double()).T
         return torch.einsum("hi,sij->hsj", mean.float(), self.spans)
