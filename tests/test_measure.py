@@ -188,9 +188,36 @@ def test_one_center_where_rope_does_not_tell(
 
     monkeypatch.setattr(Rotations, "of", other if known else lambda *args: None)
     for key_frame, of_spans in zip(key_frames(model, config), want, strict=True):
-        assert key_frame.shape[1] == FIRST_SPAN
         assert of_spans.shape[1] == FIRST_SPAN + 16 * NUM_TOKENS // SPAN_TOKENS
+        assert not torch.equal(of_spans[:, FIRST_SPAN], of_spans[:, CENTER])
         torch.testing.assert_close(key_frame[:, CENTER], of_spans[:, CENTER])
+        assert key_frame.shape[1] == (of_spans.shape[1] if known else FIRST_SPAN)
+        assert (key_frame[:, FIRST_SPAN:] == key_frame[:, CENTER, None]).all()
+
+
+def test_weights_do_not_change_the_shape_of_a_frame(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs read the frames where they are, also when those of reloaded weights are not turned."""
+    model, config = load(qwen)
+    before = key_frames(model, config)
+    of = Rotations.of
+
+    def other(*args: Any) -> Rotations:
+        rotations = of(*args)
+        assert rotations is not None
+        return replace(rotations, measured=rotations.measured.flip(0))
+
+    monkeypatch.setattr(Rotations, "of", other)
+    assert all(a is b for a, b in zip(key_frames(model, config), before, strict=True))
+    assert all((frame[:, FIRST_SPAN:] == frame[:, CENTER, None]).all() for frame in before)
+
+
+def test_microbatches_have_one_center(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM does not say where their tokens are."""
+    model, config = load(qwen)
+    monkeypatch.setattr(type(config.parallel_config), "use_ubatching", True)
+    assert all(frame.shape[1] == FIRST_SPAN for frame in key_frames(model, config))
 
 
 def test_equal_weights_give_equal_frames(qwen: Path) -> None:

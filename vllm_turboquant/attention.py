@@ -101,8 +101,8 @@ class TurboQuant3Impl(AttentionImpl[TurboQuant3Metadata]):
     def set_key_frame(self, key_frame: Tensor) -> None:
         """Fix the frame of all keys to come: [num_kv_heads, 3 + num_spans, head_dim].
 
-        In place, where graphs may have seen the frame before: with as many spans, as of other
-        weights of the same model.
+        In place where the frame has been measured before, which graphs have seen: it has as many
+        spans, whatever the weights.
         """
         relative = relative_frame(key_frame)
         if key_frame.shape == self.key_frame.shape:

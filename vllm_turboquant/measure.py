@@ -31,7 +31,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_turboquant import CACHE_DTYPE
 from vllm_turboquant.attention import coded_layers, implementation
 from vllm_turboquant.errors import UnsupportedError
-from vllm_turboquant.frame import FIRST_SPAN, make_frame
+from vllm_turboquant.frame import make_frame
 from vllm_turboquant.fresh import FreshRequests, fresh_attention
 from vllm_turboquant.layout import SPAN_TOKENS
 from vllm_turboquant.options import read_options
@@ -63,10 +63,12 @@ class KeyMoments:
         frame: [num_kv_heads, 3 + num_spans, head_dim] float32; see ``frame.make_frame``.
         share: [num_kv_heads] float32, root mean square norm of the centers over that of the keys,
             0 where all keys are 0.
+        is_turned: Whether spans have centers of their own.
     """
 
     frame: Tensor
     share: Tensor
+    is_turned: bool
 
     @staticmethod
     def of(query: Tensor, key: Tensor, rotations: Rotations | None = None) -> KeyMoments:
@@ -80,11 +82,11 @@ class KeyMoments:
         skipped = num_skipped(key.shape[0])
         sink, key, query = key[0].float(), key[skipped:].float(), query[skipped:].float()
         center = key.mean(dim=0)
-        near, span_centers = _near_centers(key, center, rotations)
+        near, span_centers, is_turned = _near_centers(key, center, rotations)
         key_power = (key - near).square().mean(dim=0)
         query_power = query.square().mean(dim=0).view(len(center), -1, center.shape[1]).mean(dim=1)
         frame = make_frame(center, sink, balance(query_power, key_power), span_centers)
-        return KeyMoments(frame, _share(key, near))
+        return KeyMoments(frame, _share(key, near), is_turned)
 
     @staticmethod
     def of_constant(key: Tensor, rotations: Rotations | None = None) -> KeyMoments:
@@ -96,9 +98,9 @@ class KeyMoments:
         """
         key = key.float()
         center = key.mean(dim=0)
-        near, span_centers = _near_centers(key, center, rotations)
+        near, span_centers, is_turned = _near_centers(key, center, rotations)
         frame = make_frame(center, center, torch.ones_like(center), span_centers)
-        return KeyMoments(frame, _share(key, near))
+        return KeyMoments(frame, _share(key, near), is_turned)
 
 
 def balance(query_power: Tensor, key_power: Tensor) -> Tensor:
@@ -126,10 +128,12 @@ def num_skipped(num_tokens: int) -> int:
 
 def _near_centers(
     key: Tensor, center: Tensor, rotations: Rotations | None
-) -> tuple[Tensor, Tensor | None]:
-    """The centers that keys are nearest to, and those of spans, where these are nearer than one.
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The centers that keys are nearest to, and those of spans.
 
-    They are not where the model does more to its keys than its rotary embedding says.
+    All spans have the same where their own are no nearer, as if the model does more to its keys
+    than its rotary embedding says. So the shape of a frame does not depend on weights, of which
+    others may be loaded when graphs have been captured.
 
     Args:
         key: [num_tokens, num_kv_heads, head_dim] float32.
@@ -137,16 +141,16 @@ def _near_centers(
         rotations: How RoPE turned them, if that is known.
 
     Returns:
-        [num_tokens, num_kv_heads, head_dim] or ``center``, and [num_kv_heads, num_spans, head_dim]
-        or None.
+        [num_tokens, num_kv_heads, head_dim] or ``center``; [num_kv_heads, num_spans, head_dim], or
+        None without ``rotations``; whether spans have centers of their own.
     """
     if rotations is None:
-        return center, None
+        return center, None, False
     span_centers = rotations.centers(key)
     near = span_centers[:, rotations.positions // SPAN_TOKENS].transpose(0, 1)
     if (key - near).square().sum() < (key - center).square().sum():
-        return near, span_centers
-    return center, None
+        return near, span_centers, True
+    return center, center[:, None].expand_as(span_centers), False
 
 
 def _share(key: Tensor, near: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ def _measure_layers(
                 )
             implementation(layers[name]).set_key_frame(measured.frame)
     share, where = max((float(m.share.max()), name) for name, m in moments.items())
-    num_turned = sum(m.frame.shape[1] > FIRST_SPAN for m in moments.values())
+    num_turned = sum(m.is_turned for m in moments.values())
     logger.info_once(
         "%s keys are centered by the mean over %s, turned to every %d positions in %d of %d "
         "layers: up to %.1f %% of a key's length (%s); took %.1f s",
@@ -263,6 +267,9 @@ def _rotations(
     vllm_config: VllmConfig,
 ) -> dict[str, Rotations | None]:
     """What RoPE does to the keys of every layer, as far as that is known."""
+    # Microbatches do not say where their tokens are.
+    if vllm_config.parallel_config.use_ubatching:
+        return dict.fromkeys(layers)
     config, parents = vllm_config.model_config, _parents(model)
     known: dict[tuple[nn.Module | None, int], Rotations | None] = {}
     rotations = {}

@@ -13,7 +13,7 @@ namespace tq::cuda {
 using Stream = void*;  // cudaStream_t, so that callers need no CUDA header
 
 // begins_next: The next launch on the stream may overlap this one. It has to await it before it
-// reads the cache or the copies.
+// reads what this one writes.
 void store(const StoreParams& p, Stream stream, bool begins_next = false);
 int64_t store_ctas(const StoreParams& p);
 
