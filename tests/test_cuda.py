@@ -443,6 +443,16 @@ def test_refusals_name_the_argument(argument: str) -> None:
         ops.paged_attention(**given, scale=case.scale, causal=True, out=out, lse=lse)
 
 
+def test_frames_must_be_aligned() -> None:
+    case = make_case([100])
+    given = {name: x.cuda() for name, x in vars(case).items() if isinstance(x, Tensor)}
+    frame = given["key_frame"]
+    given["key_frame"] = torch.cat([frame.flatten()[:1], frame.flatten()])[1:].view_as(frame)
+    out, lse = torch.empty_like(given["query"]), torch.empty(8, 1, device="cuda")
+    with pytest.raises(RuntimeError, match="key_frame must be aligned to 16 bytes"):
+        ops.paged_attention(**given, scale=case.scale, causal=True, out=out, lse=lse)
+
+
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_keys_that_equal_an_origin_come_back_exactly(head_dim: int) -> None:
     case = make_case([1100], head_dim=head_dim, seed=16)

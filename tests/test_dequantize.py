@@ -86,7 +86,7 @@ def test_wrong_copies_are_refused(
         for given, x in ((recent, case.recent), (unit_map, case.unit_map))
     ]
     with pytest.raises(RuntimeError, match=sentence):
-        dequantize(batch, [0], [20], torch.float32, *copies)  # type: ignore[arg-type]
+        dequantize(batch, [0], [20], torch.float32, *copies)
 
 
 def test_opcheck_with_copies() -> None:

@@ -385,7 +385,7 @@ def test_a_map_of_zeros_changes_nothing(device: str) -> None:
 
 
 def dequantize(
-    batch: PagedBatch, first: list[int], last: list[int], dtype: torch.dtype, *copies: Tensor
+    batch: PagedBatch, first: list[int], last: list[int], dtype: torch.dtype, *copies: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``first`` to ``last`` - 1 of every request, on the device of the batch."""
     device = batch.kv_cache.device
