@@ -231,14 +231,19 @@ __device__ inline void attend_codes(const uint2& tables, const uint8_t* codes, i
       factors.near, state);
 }
 
-// Attend one tile of rows to batches [begin, end).
+// Rows of a CTA's KV head from the first on.
+template <typename Work>
+__device__ inline RowRange rows_of(const DecodeParams& p, const Work& work, int first_row) {
+  return {p.group_size, work.first_token, work.query_len, static_cast<int>(blockIdx.y), first_row};
+}
+
+// Attend one tile of rows to a CTA's batches, and write its partial result.
 template <typename Traits>
-__device__ inline void attend_tile(const TilePartials<Traits>& partials, int req, int split,
-                                   int begin, int end, typename Traits::Shared* shared) {
-  const DecodeParams& p = partials.p;
-  const RowRange& rows = partials.rows;
+__device__ inline void attend_tile(const DecodeParams& p, const typename Traits::Work& work,
+                                   int first_row, typename Traits::Shared* shared) {
   const AttentionParams& a = p.attention;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, req = blockIdx.z, begin = work.begin, end = work.end;
+  const RowRange rows = rows_of(p, work, first_row);
   const Sight<Traits> sight(a, rows, req, shared->window);
   // NOTE: without a batch, there is nothing to see, and nobody looks the window up.
   const bool reads_copies =
@@ -280,11 +285,11 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
     if (Traits::kQueryParts > Traits::kWarps) loaded.load(a, rows, part);
     prepare_query<Traits>(p, loaded, part, &shared->query);
   }
-  scorer.score(shared->query, p.scale_log2, shared->spans);
+  scorer.score(p.scale_log2, shared);
   __syncthreads();
   if constexpr (Traits::kIsWide) fetch_more();
   const QueryOperands<Traits> query(shared->query);
-  ScoreFactors<Traits> factors(shared->query);
+  ScoreFactors<Traits> factors(*shared);
 
   // 2. Stream over the tokens.
   const uint2 tables = shared->stream.tables[threadIdx.x & 1];
@@ -318,7 +323,8 @@ __device__ inline void attend_tile(const TilePartials<Traits>& partials, int req
   }
 
   // 3. Write the partial result.
-  write_partial<Traits>(partials, split, state, shared);
+  const RowRange done = rows_of(p, shared->work, first_row);
+  write_partial<Traits>({p, done, shared->only()}, blockIdx.x, state, shared);
   __syncthreads();  // shared memory is free for what comes next
 }
 
@@ -332,7 +338,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int split = blockIdx.x, kv_head = blockIdx.y, req = blockIdx.z;
   const int first_token = a.query_start_loc[req];
   const int query_len = a.query_start_loc[req + 1] - first_token;
-  const int num_rows = query_len * p.group_size.value();
 
   // Batches of this split, of those that any row sees; at least one for every warp, so that short
   // sequences use few splits.
@@ -346,21 +351,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int begin = first_batch + split * share,
             end = min(begin + share, first_batch + num_batches);
 
-  const bool only = num_batches <= share;
-  for (int first = 0; first < num_rows; first += Traits::kRows) {
-    const RowRange rows{p.group_size, first_token, query_len, kv_head, first};
-    const TilePartials<Traits> partials{p, rows, only ? &shared->combine : nullptr};
-    attend_tile<Traits>(partials, req, split, begin, end, shared);
-    if (only) combine_splits<Traits>(partials, 1, shared);
+  typename Traits::Work work{first_token, query_len, begin, end, (num_batches + share - 1) / share};
+  if (threadIdx.x == 0) shared->work = work;
+  for (int first = 0; first < work.query_len * p.group_size.value(); first += Traits::kRows) {
+    attend_tile<Traits>(p, work, first, shared);
+    work = shared->work;
+    const RowRange rows = rows_of(p, work, first);
+    if (work.num_splits <= 1) combine_splits<Traits>({p, rows, shared->only()}, 1, shared);
   }
   await_previous();  // where there are no rows, too: what comes next counts on it
-  if (only) return;
-  const int num_splits = (num_batches + share - 1) / share;
+  if (work.num_splits <= 1) return;
   uint32_t* ticket = p.partials.tickets + req * a.cache.num_kv_heads + kv_head;
-  if (!is_last(ticket, num_splits, &shared->is_last)) return;
-  for (int first = 0; first < num_rows; first += Traits::kRows) {
-    const RowRange rows{p.group_size, first_token, query_len, kv_head, first};
-    combine_splits<Traits>({p, rows, nullptr}, num_splits, shared);
+  if (!is_last(ticket, work.num_splits, &shared->is_last)) return;
+  for (int first = 0; first < work.query_len * p.group_size.value(); first += Traits::kRows) {
+    const RowRange rows = rows_of(p, work, first);
+    combine_splits<Traits>({p, rows, nullptr}, work.num_splits, shared);
   }
 }
 

@@ -69,7 +69,8 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
                                      typename Traits::Shared* shared) {
   constexpr int kGroup = Traits::kGroup;
   typename Traits::Merge& merge = shared->merge;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g8 = lane / 4, t = lane % 4;
+  const int thread = read_thread();
+  const int warp = thread / 32, lane = thread & 31, g8 = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < Traits::kKeyTiles; ++i) {
     float sum = state.sum[i];
@@ -105,7 +106,7 @@ __device__ inline void write_partial(const TilePartials<Traits>& partials, int s
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < Traits::kRows * Traits::kHeadDim; i += Traits::kThreads) {
+  for (int i = thread; i < Traits::kRows * Traits::kHeadDim; i += Traits::kThreads) {
     const int row = i / Traits::kHeadDim, coordinate = i % Traits::kHeadDim;
     if (!partials.rows.contains(row)) break;
     float sum = 0.0f, out = 0.0f;
@@ -211,7 +212,7 @@ __device__ inline void combine_splits(const TilePartials<Traits>& partials, int 
   const RowRange& rows = partials.rows;
   const Divisor& warps_per_row = partials.p.warps_per_row;
   const int step = warps_per_row.value(), rows_at_once = warps_per_row.divide(Traits::kWarps);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int thread = read_thread(), warp = thread / 32, lane = thread & 31;
   const int row_of_warp = warps_per_row.divide(warp), part = warp - row_of_warp * step;
   for (int first = 0; first < Traits::kRows && rows.contains(first); first += rows_at_once) {
     const int row = first + row_of_warp;

@@ -41,8 +41,8 @@ __device__ inline void write_operand(uint8_t (*operand)[2][kColumns][4][4],
 template <typename Traits>
 struct LoadedQuery {
   static constexpr int kCount = kPerLane<Traits::kGroup>;
-  RowElements<kCount> q;
-  float balance[kCount];
+  RowElements<kCount> q = {};
+  float balance[kCount] = {};
 
   __device__ void load(const AttentionParams& a, const RowRange& rows, int part) {
     const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
@@ -61,7 +61,7 @@ template <typename Traits>
 __device__ inline float* plain_query(typename Traits::Query& query, int part) {
   constexpr int kCount = kPerLane<Traits::kGroup>;
   return query.plain[part / Traits::kNumGroups] + part % Traits::kNumGroups * Traits::kGroup +
-         (threadIdx.x & 31) * kCount;
+         (read_thread() & 31) * kCount;
 }
 
 // Share one part as it is.
@@ -79,7 +79,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
                                      int part, typename Traits::Query* out) {
   constexpr int kGroup = Traits::kGroup, kCount = kPerLane<kGroup>;
   constexpr float kLargest = 127.0f * 128.0f;
-  const int lane = threadIdx.x & 31, first = lane * kCount;
+  const int lane = read_thread() & 31, first = lane * kCount;
   const int row = part / Traits::kNumGroups, g = part % Traits::kNumGroups;
   const int column = row / 4 * 8 + row % 4 * 2;
 
@@ -127,7 +127,7 @@ __device__ inline void prepare_query(const DecodeParams& p, const LoadedQuery<Tr
   if (lane == 0) {
     // The sum carries NaN and infinity of a query into its scores; integers cannot.
     out->unit[row][g] = largest * (1.0f / kLargest) + 0.0f * sum;
-    out->base[row][g] = __float2int_rn(-sum * inverse);
+    out->base[row][g] = -sum;
   }
 }
 
@@ -142,8 +142,8 @@ struct SpanRange {
   }
 };
 
-// Scores the sink and the centers of spans, each span one warp's turn. The first warps prepare the
-// queries, so the last ones begin.
+// Scores the centers of spans and the sink, each of these origins one warp's turn. The first warps
+// prepare the queries, so the last ones begin.
 template <typename Traits>
 class SpanScorer {
  public:
@@ -151,50 +151,55 @@ class SpanScorer {
       : frame_(p.key_frame),
         kv_head_(kv_head),
         spans_(spans),
-        next_(Traits::kWarps - 1 - threadIdx.x / 32) {
-    if (next_ < spans_.count) load_origin(frame_.sink(kv_head_), sink_);
-    load_center();
+        first_(Traits::kWarps - 1 - threadIdx.x / 32) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(first_ + i * Traits::kWarps, origins_[i]);
   }
 
-  // query: shared by all warps.
-  __device__ void score(const typename Traits::Query& query, float scale_log2,
-                        typename Traits::SpanScores* scores) {
-    if (next_ >= spans_.count) return;
-    constexpr int kLanes = 32 / kParts;  // that have the score of a part
-    const int lane = threadIdx.x & 31;
-    const float sink = scale_log2 * dot(query, sink_);
-    for (; next_ < spans_.count; next_ += Traits::kWarps, load_center()) {
-      const float near = scale_log2 * dot(query, center_);
-      auto* of_parts = &scores[(spans_.first + next_) % kMostSpans][0][0];
-      if (lane % kLanes == 0) of_parts[lane / kLanes] = {near, sink - near};
+  // The query is shared by all warps already.
+  __device__ void score(float scale_log2, typename Traits::Shared* shared) {
+    constexpr int kLanes = 32 / Traits::kQueryParts;  // that have the score of a part
+    for (int next = first_; next <= spans_.count; next += kAhead * Traits::kWarps) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int index = next + i * Traits::kWarps;
+        if (index > spans_.count) break;
+        const float score = scale_log2 * dot(shared->query, origins_[i]);
+        load(index + kAhead * Traits::kWarps, origins_[i]);
+        auto& scores = index < spans_.count ? shared->spans[(spans_.first + index) % kMostSpans]
+                                            : shared->sink;
+        const int lane = read_thread() & 31;
+        if (lane % kLanes == 0) (&scores[0][0])[lane / kLanes] = score;
+      }
     }
   }
 
  private:
   static constexpr int kCount = kPerLane<Traits::kGroup>;
-  static constexpr int kParts = Traits::kRows * Traits::kNumGroups;
+  static constexpr int kAhead = 2;  // origins of a warp that are loaded before they are needed
   using Origin = float[Traits::kNumGroups][kCount];
 
-  __device__ static void load_origin(const float* from, Origin& origin) {
+  // The center of a span, or, after the last one, the sink.
+  __device__ void load(int index, Origin& to) const {
+    if (index > spans_.count) return;
+    const float* from = index < spans_.count
+                            ? frame_.near(kv_head_, int64_t{spans_.first + index} * kSpanTokens)
+                            : frame_.sink(kv_head_);
 #pragma unroll
     for (int g = 0; g < Traits::kNumGroups; ++g) {
-      load_lanes(from + g * Traits::kGroup + (threadIdx.x & 31) * kCount, origin[g]);
+      load_lanes(from + g * Traits::kGroup + (threadIdx.x & 31) * kCount, to[g]);
     }
   }
 
-  __device__ void load_center() {
-    if (next_ >= spans_.count) return;
-    load_origin(frame_.near(kv_head_, int64_t{spans_.first + next_} * kSpanTokens), center_);
-  }
-
-  // Inner product with the part, row and group, that is lane / (32 / kParts).
+  // Inner product with the part, row and group, that is lane / (32 / kQueryParts).
   __device__ static float dot(const typename Traits::Query& query, const Origin& origin) {
-    float sums[kParts];
+    float sums[Traits::kQueryParts];
+    const int lane = read_thread() & 31;
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i < Traits::kQueryParts; ++i) {
       const int row = i / Traits::kNumGroups, g = i % Traits::kNumGroups;
       float q[kCount];
-      load_lanes(query.plain[row] + g * Traits::kGroup + (threadIdx.x & 31) * kCount, q);
+      load_lanes(query.plain[row] + g * Traits::kGroup + lane * kCount, q);
       sums[i] = 0.0f;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) sums[i] += q[e] * origin[g][e];
@@ -205,8 +210,9 @@ class SpanScorer {
   const KeyFrame& frame_;
   const int kv_head_;
   const SpanRange spans_;
-  int next_;
-  Origin sink_, center_;
+  const int first_;
+  // NOTE: {}, because what is not always set is kept in registers from one tile to the next.
+  Origin origins_[kAhead] = {};
 };
 
 }  // namespace tq::cuda

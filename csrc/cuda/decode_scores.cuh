@@ -18,31 +18,32 @@ struct UnitScores {
 template <typename Traits>
 struct ScoreFactors {
   float unit[Traits::kKeyTiles][Traits::kNumGroups];
-  int32_t base[Traits::kKeyTiles][Traits::kNumGroups];
-  float near[Traits::kKeyTiles];                      // for keys that start at the center of a span
+  float base[Traits::kKeyTiles][Traits::kNumGroups];
+  float far[Traits::kKeyTiles][Traits::kNumGroups];   // for keys that start at the sink
+  float near[Traits::kKeyTiles];                      // for those at the center of a span
   float sink[Traits::kKeyTiles][Traits::kNumGroups];  // for those at the sink, less that
 
-  __device__ explicit ScoreFactors(const typename Traits::Query& query) {
+  __device__ explicit ScoreFactors(const typename Traits::Shared& shared) {
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
       const int row = 4 * i + (threadIdx.x & 3);
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
-        unit[i][g] = query.unit[row][g];
-        base[i][g] = query.base[row][g];
+        unit[i][g] = shared.query.unit[row][g];
+        base[i][g] = shared.query.base[row][g];
+        far[i][g] = shared.sink[row][g];
       }
     }
   }
 
-  __device__ void enter(const typename Traits::SpanScores& span) {
+  __device__ void enter(const typename Traits::OriginScores& span) {
 #pragma unroll
     for (int i = 0; i < Traits::kKeyTiles; ++i) {
       const int row = 4 * i + (threadIdx.x & 3);
 #pragma unroll
       for (int g = 0; g < Traits::kNumGroups; ++g) {
-        const typename Traits::SpanScore score = span[row][g];
-        near[i] = g == 0 ? score.near : near[i] + score.near;
-        sink[i][g] = score.sink;
+        near[i] = g == 0 ? span[row][g] : near[i] + span[row][g];
+        sink[i][g] = far[i][g] - span[row][g];
       }
     }
   }
@@ -120,13 +121,13 @@ __device__ inline float read_scale(const uint8_t* scales, int token) {
 }
 
 // One group's part of the score of a token, in half h of the products with its operands. scale: of
-// the key, negative where it starts at the sink.
+// the key, negative where it starts at the sink. base: score of operands that are all 0.
 template <typename Traits>
-__device__ inline float score_of(const int32_t (&product)[4], int h, float scale, int tile, int g,
-                                 const ScoreFactors<Traits>& factors) {
-  const int32_t sum = product[2 * h] * 128 + product[2 * h + 1];
+__device__ inline float score_of(const int32_t (&product)[4], int h, float scale, float base,
+                                 int tile, int g, const ScoreFactors<Traits>& factors) {
+  const auto sum = static_cast<float>(product[2 * h] * 128 + product[2 * h + 1]);
   const float origin = signbit(scale) ? factors.sink[tile][g] : 0.0f;
-  return fmaf(fabsf(scale), static_cast<float>(sum) * factors.unit[tile][g], origin);
+  return fmaf(fabsf(scale), fmaf(sum, factors.unit[tile][g], base), origin);
 }
 
 // Score a unit by its codes.
@@ -138,12 +139,7 @@ __device__ inline void score_unit(uint32_t table, const uint8_t* unit,
 #pragma unroll
   for (int g = 0; g < Traits::kNumGroups; ++g) {
     const KeyWords<Traits> low(unit, g, g8), high(unit, g, g8 + 8);
-    int32_t product[Traits::kKeyTiles][4];
-#pragma unroll
-    for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-      product[tile][0] = product[tile][2] = 0;
-      product[tile][1] = product[tile][3] = factors.base[tile][g];
-    }
+    int32_t product[Traits::kKeyTiles][4] = {};
 #pragma unroll
     for (int w = 0; w < KeyWords<Traits>::kIndexWords; ++w) {
       uint32_t a[4], b[4], c[4], d[4];
@@ -172,7 +168,8 @@ __device__ inline void score_unit(uint32_t table, const uint8_t* unit,
           read_scale(unit + Traits::kValueScaleAt + g * Traits::kScaleRowBytes, token);
 #pragma unroll
       for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-        const float score = score_of<Traits>(product[tile], h, alpha, tile, g, factors);
+        const float score =
+            score_of<Traits>(product[tile], h, alpha, factors.base[tile][g], tile, g, factors);
         out->score[tile][h] = g == 0 ? score : out->score[tile][h] + score;
       }
     }
@@ -215,7 +212,7 @@ __device__ inline void score_copies(const uint8_t* copies, const QueryOperands<T
       out->beta[g][h] = read_scale(copies + kAt.value_scale, token) * kPerValue;
 #pragma unroll
       for (int tile = 0; tile < Traits::kKeyTiles; ++tile) {
-        const float score = score_of<Traits>(product[tile], h, scale, tile, g, factors);
+        const float score = score_of<Traits>(product[tile], h, scale, 0.0f, tile, g, factors);
         out->score[tile][h] = g == 0 ? score : out->score[tile][h] + score;
       }
     }

@@ -73,22 +73,18 @@ struct DecodeTraits {
   static constexpr int kRingBytes = kStages * kBatchBytes;  // of one warp
 
   // Units of copies that are read ahead, while the warps read codes: those of the default window,
-  // where a CTA has an SM's shared memory to itself.
-  static constexpr int kCopyBuffers = kIsWide ? 3 : 0;
+  // where a CTA has an SM's shared memory to itself and they fit.
+  static constexpr int kCopyBuffers = kIsWide ? (kHeadDim > 128 ? 2 : 3) : 0;
   static constexpr int kCopyBytes = SlotLayout{kHeadDim}.copy_offsets().size;
 
   struct Query {
     alignas(16) uint8_t index[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
     alignas(16) uint8_t sign[kNumGroups][kProducts][2][kKeyTiles * 8][4][4];
-    float unit[kRows][kNumGroups];    // score of an integer product of 1
-    int32_t base[kRows][kNumGroups];  // score of signs that are all -1, in units
+    float unit[kRows][kNumGroups];  // score of an integer product of 1
+    float base[kRows][kNumGroups];  // score of signs that are all -1
     alignas(16) float plain[kRows][kHeadDim];
   };
-  // <q, center> of a span, and <q, sink - center>, scaled, in log2.
-  struct SpanScore {
-    float near, sink;
-  };
-  using SpanScores = SpanScore[kRows][kNumGroups];
+  using OriginScores = float[kRows][kNumGroups];  // <q, center of a span> or sink, scaled, in log2
   // Results of the warps, in units of the largest maximum.
   struct Merge {
     // Lanes write 16 bytes of two rows at once; the padding brings them to different banks.
@@ -110,7 +106,14 @@ struct DecodeTraits {
     // a value that all lanes share would be moved there again at every use.
     uint2 tables[2];
   };
+  // What a CTA does: its request's query tokens, and batches [begin, end) of its tokens.
+  struct Work {
+    int first_token, query_len;  // of the request, in query
+    int begin, end;
+    int num_splits;  // of the request
+  };
   struct Shared {
+    Work work;  // read again after the loop over batches, during which registers are scarce
     Query query;
     Stream stream;
     union {  // the ring is done with when the warps merge
@@ -123,12 +126,16 @@ struct DecodeTraits {
     alignas(16) float max[kRows][kWarps];  // log2, of each warp
     alignas(16) float sum[kRows][kWarps];  // in units of its maximum
     alignas(16) uint8_t copies[kCopyBuffers > 0 ? kCopyBuffers * kCopyBytes : 1];
-    SpanScores spans[kMostSpans];  // of the span i * kMostSpans + its index, whatever i is
+    OriginScores sink;
+    OriginScores spans[kMostSpans];  // of the span i * kMostSpans + its index, whatever i is
 
     // Of the span of a token.
-    __device__ const SpanScores& span_of(int token) const {
+    __device__ const OriginScores& span_of(int token) const {
       return spans[static_cast<unsigned>(token) / kSpanTokens % kMostSpans];
     }
+    // Where the results of an only split go, which need not leave the CTA.
+    __device__ Combine* only() { return work.num_splits <= 1 ? &combine : nullptr; }
+
     int32_t window[kWindowUnits];  // entries of Copies::unit_map
     bool is_last;                  // of the request's splits
   };
@@ -143,10 +150,10 @@ struct DecodeTraits {
 // those of one CTA with the work of others, which pays once there are several waves of them.
 template <int kHeadDim, int kRows>
 struct DecodeShapes {
-  static constexpr int kWarps = kHeadDim > 128 ? 8 : kRows > 4 ? 12 : 16;
+  static constexpr int kWarps = (kHeadDim > 128 ? 12 : 16) - (kRows > 4 ? 4 : 0);
   using Wide = DecodeTraits<kHeadDim, kRows, kWarps, 1>;
   // Left alone, the compiler would take a few registers more than let four of head_dim 64 in.
-  static constexpr int kNarrowCtas = kHeadDim == 64 ? 4 : kWarps / 4;
+  static constexpr int kNarrowCtas = kHeadDim == 64 ? 4 : kHeadDim == 128 ? kWarps / 4 : 2;
   using Narrow = DecodeTraits<kHeadDim, kRows, 4, kNarrowCtas>;
 };
 

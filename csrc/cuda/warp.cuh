@@ -22,7 +22,7 @@ inline constexpr int kPerLane = kGroup / 32;
 template <int kGroup>
 __device__ inline void warp_hadamard(float (&x)[kPerLane<kGroup>]) {
   constexpr int kCount = kPerLane<kGroup>;
-  const int lane = threadIdx.x & 31;
+  const int lane = read_thread() & 31;
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     const bool upper = lane & mask;
@@ -76,23 +76,23 @@ __device__ inline float warp_sum(float x) {
 }
 
 // Sums of kCount numbers, a power of two up to 32, of every lane; lane i gets that of number
-// i / (32 / kCount). The numbers are overwritten.
-template <int kCount>
-__device__ inline float warp_sums(float (&x)[kCount]) {
-  const int lane = threadIdx.x & 31;
-  int mask = 16;
+// i / (32 / kCount). kMask: of lanes that are still to be added.
+// NOTE: not a loop of fewer numbers every time, which would not be unrolled.
+template <int kCount, int kMask = 16>
+__device__ inline float warp_sums(const float (&x)[kCount]) {
+  constexpr int kHalf = kCount > 1 ? kCount / 2 : 1;
+  const bool upper = read_thread() & kMask;
+  float sums[kHalf];
 #pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2, mask /= 2) {
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-      x[i] = kept + __shfl_xor_sync(kAllLanes, given, mask);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const float &low = x[i], &high = x[kCount > 1 ? i + kHalf : i];
+    sums[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kMask);
   }
-#pragma unroll
-  for (; mask > 0; mask /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], mask);
-  return x[0];
+  if constexpr (kMask == 1) {
+    return sums[0];
+  } else {
+    return warp_sums<kHalf, kMask / 2>(sums);
+  }
 }
 
 // A lane's share of a group in float32, aligned to all of it.
@@ -120,7 +120,7 @@ __device__ inline void store_lanes(float* to, const float (&x)[kCount]) {
 template <int kGroup, const SignDiagonal& kDiagonal>
 __device__ inline void lane_signs(float (&sign)[kPerLane<kGroup>]) {
   constexpr int kCount = kPerLane<kGroup>;
-  const int first = (threadIdx.x & 31) * kCount;
+  const int first = (read_thread() & 31) * kCount;
   // Constants and a conditional: device code cannot index the host's diagonal.
   constexpr uint64_t kLow = kDiagonal.words[0], kHigh = kDiagonal.words[1];
   const uint64_t word = first < 64 ? kLow : kHigh;

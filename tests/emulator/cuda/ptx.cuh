@@ -18,6 +18,8 @@ inline void begin_next() {}
 inline void await_previous() { emulator::await_previous(); }
 inline void prefetch_l2(const void*) {}
 
+inline int read_thread() { return threadIdx.x; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 inline uint32_t prmt(uint32_t table, uint32_t selectors) {
