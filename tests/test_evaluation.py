@@ -16,7 +16,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from vllm_turboquant.cli.eval import evaluate
+from vllm_turboquant.evaluation.plan import Plan, Text
 from vllm_turboquant.evaluation.prepare import default_texts
+from vllm_turboquant.evaluation.rows import Row
 from vllm_turboquant.options import MAX_COPIES_SHARE
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"
@@ -169,6 +171,52 @@ def test_capacity_is_that_of_the_steps_asked_for() -> None:
     assert recorder.vllm_config.scheduler_config.max_num_batched_tokens == 17
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_needles_alone(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    alone = ("--windows", "0", "--answer-tokens", "0")
+    result = run(str(MODEL), *TINY, *alone, "--row", "turboquant3", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "Compared with auto" not in result.output
+    assert not (tmp_path / "quality.png").exists()
+    assert (tmp_path / "needle.png").exists()
+    for row in report(tmp_path).values():
+        assert row["texts"] == {}
+        assert [cell["total"] for cell in row["recall"]] == [1]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("fake_quantize", "num_texts", "on_gpu", "is_eager"),
+    [(None, 0, True, False), (None, 0, False, True), (None, 1, True, True), ("m:f", 0, True, True)],
+)
+def test_what_hooks_into_the_model_runs_without_graphs(
+    fake_quantize: str | None,
+    num_texts: int,
+    on_gpu: bool,
+    is_eager: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vllm")
+    from vllm_turboquant.evaluation import engine
+
+    plan = Plan(
+        model="m",
+        device="d",
+        cache_bytes=1,
+        step_tokens=1,
+        texts=[Text(name="t", windows=[[0]])] * num_texts,
+        needles=[],
+        questions=[],
+    )
+    row = Row(name="turboquant3", fake_quantize=fake_quantize)
+    monkeypatch.setattr(engine.current_platform, "is_cuda", lambda: on_gpu)
+    arguments = engine.execution(row, plan)
+    assert arguments.get("enforce_eager", False) is is_eager
+    assert ("compilation_config" in arguments) is not is_eager
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -181,6 +229,10 @@ def test_capacity_is_that_of_the_steps_asked_for() -> None:
         ((str(MODEL), "--needle-depths", "half"), "'half' is not a list like 512,2048"),
         ((str(MODEL), "--windows", "9999"), "give a longer text, or lower --windows or --context"),
         ((str(MODEL), "--out", str(MODEL / "config.json")), "cannot be a folder"),
+        (
+            (str(MODEL), "--windows", "0", "--needle-lengths", "", "--answer-tokens", "0"),
+            "nothing to measure: give --windows, --needle-lengths or --answer-tokens",
+        ),
     ],
 )
 def test_refusals(

@@ -171,5 +171,6 @@ def test_requests_fit_the_length_that_the_engine_is_started_with() -> None:
     )
     assert plan.max_model_len == 512
     assert plan.model_copy(update={"model_max_len": 400}).max_model_len == 400
+    assert plan.model_copy(update={"texts": []}).max_model_len == 256
     assert plan.num_tokens(parse_row("fp8", ["fp8"])) == 610
     assert plan.num_tokens(parse_row("auto", ["auto"])) == 1210  # scores its texts twice

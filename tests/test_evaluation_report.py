@@ -365,6 +365,10 @@ def test_the_first_line_says_what_is_compared(num_windows: int, assumption: str)
     assert "Answers: of 2, how many are equal" in line
     (line,) = footnotes(plan.model_copy(update={"questions": []}), summaries)
     assert "Answers" not in line
+    alone = plan.model_copy(update={"texts": []})
+    (line,) = footnotes(alone, summaries)
+    assert line.startswith("Answers: of 2")
+    assert footnotes(alone.model_copy(update={"questions": []}), summaries) == []
 
 
 def printed(results: list[Result], *, with_errors: bool, width: int) -> str:

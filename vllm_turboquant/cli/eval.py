@@ -59,7 +59,11 @@ def evaluate(
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Windows of each text. {_by_device('windows')}"),
+        typer.Option(
+            min=0,
+            help="Windows of each text; 0 for none, and engines that run with CUDA graphs then. "
+            f"{_by_device('windows')}",
+        ),
     ] = None,
     needle_lengths: Annotated[
         str | None,
@@ -284,7 +288,7 @@ def _show(plan: Plan, results: list[Result], folder: Path, console: Console) -> 
     except ImportError as error:
         console.print(f"No plots: {error}; install matplotlib and run the same command again.")
     else:
-        if len(summaries) > 1:
+        if plan.texts and len(summaries) > 1:
             written.append(folder / "quality.png")
             plot_quality(written[-1], summaries)
         if plan.needles:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 
 from vllm_turboquant.evaluation.plan import Plan, Text, WindowScore, hidden_path
 from vllm_turboquant.evaluation.rows import REFERENCE, Row
@@ -15,6 +16,11 @@ from vllm_turboquant.options import KEY
 #: Requests that run at a time where they may.
 BATCH = 16
 RECORDER = "vllm_turboquant.evaluation.recorder.Recorder"
+
+
+#: Graphs for steps of one token a request, with the model as it is: compiling takes longer than
+#: what is asked here.
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 class UnavailableError(RuntimeError):
@@ -47,7 +53,7 @@ class Engine:
             kv_cache_dtype=row.cache_dtype,
             additional_config={KEY: dict(row.options)} if row.options else {},
             worker_extension_cls=RECORDER,
-            enforce_eager=True,  # forward hooks do not run in compiled models and graphs
+            **execution(row, plan),
             enable_prefix_caching=False,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs if self.in_lockstep else plan.step_tokens,
@@ -156,3 +162,14 @@ class Engine:
         return self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], list(parameters), use_tqdm=False
         )
+
+
+def execution(row: Row, plan: Plan) -> dict[str, Any]:
+    """Arguments of ``LLM``: CUDA graphs where nothing hooks into the model's forward pass.
+
+    Hooks record the hidden states of texts, and put simulated codes in the place of keys.
+    """
+    hooks = bool(plan.texts) or row.fake_quantize is not None
+    if hooks or not current_platform.is_cuda():
+        return {"enforce_eager": True}
+    return {"compilation_config": GRAPHS}

@@ -89,8 +89,8 @@ class Plan(_Record):
 
     @property
     def context(self) -> int:
-        """Tokens of a window."""
-        return len(self.texts[0].windows[0])
+        """Tokens of a window; 0 where there are no texts."""
+        return len(self.texts[0].windows[0]) if self.texts else 0
 
     @property
     def max_model_len(self) -> int:

@@ -49,7 +49,7 @@ def make_plan(settings: Settings, device: str, on_gpu: bool) -> Plan:
     Raises:
         InputError: Something cannot be used.
     """
-    texts = read_texts(settings.texts) or default_texts()
+    texts = (read_texts(settings.texts) or default_texts()) if settings.windows != 0 else {}
     config = load_config(settings.model, settings.trust_remote_code)
     tokens = Tokens.load(settings.model, config.model_type, settings.trust_remote_code)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -60,7 +60,7 @@ def make_plan(settings: Settings, device: str, on_gpu: bool) -> Plan:
             f"--context {context} was given; the model's longest request is {longest} tokens, and "
             "one is generated"
         )
-    windows = settings.windows or defaults.windows
+    windows = defaults.windows if settings.windows is None else settings.windows
     plan = Plan(
         model=settings.model,
         device=device,
@@ -82,7 +82,10 @@ def make_plan(settings: Settings, device: str, on_gpu: bool) -> Plan:
         settings.needle_depths,
         settings.needle_samples or defaults.needle_samples,
     )
-    return plan.model_copy(update={"needles": needles})
+    plan = plan.model_copy(update={"needles": needles})
+    if not (plan.texts or plan.needles or plan.questions):
+        raise InputError("nothing to measure: give --windows, --needle-lengths or --answer-tokens")
+    return plan
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:

@@ -269,7 +269,7 @@ def footnotes(plan: Plan, summaries: Sequence[RowSummary]) -> list[str]:
     """The lines under the table."""
     error = (
         "from the spread of windows"
-        if min(len(text.windows) for text in plan.texts) >= MIN_CLUSTERS
+        if min((len(text.windows) for text in plan.texts), default=0) >= MIN_CLUSTERS
         else "as if the parts of a window were independent: too small where windows differ "
         f"(--windows {MIN_CLUSTERS} or more shows how much they do)"
     )
@@ -277,9 +277,13 @@ def footnotes(plan: Plan, summaries: Sequence[RowSummary]) -> list[str]:
         f" Answers: of {len(plan.questions)}, how many are equal, and the mean share of tokens "
         "before the first difference."
     )
-    return [
+    texts = (
         f"Compared with {summaries[0].name} token by token; ± is one standard error, {error}. "
-        f"top-1: same most likely token.{answers if plan.questions else ''}",
+        "top-1: same most likely token."
+    )
+    explained = (texts if plan.texts else "") + (answers if plan.questions else "")
+    return [
+        *([explained.strip()] if explained else []),
         *(f"[{number}] {note}" for note, number in note_numbers(summaries).items()),
     ]
 

@@ -42,7 +42,7 @@ class Settings:
         model: Folder or name of the model.
         texts: Files; the default texts if there are none.
         context: See ``Defaults``.
-        windows: See ``Defaults``.
+        windows: See ``Defaults``; 0 for no texts.
         needle_lengths: See ``Defaults``; lengths past the model's are cut to it. Empty for none.
         needle_depths: Depths of the needle in percent.
         needle_samples: See ``Defaults``.
