@@ -123,6 +123,16 @@ def test_cuda_kernels_in_the_readme() -> None:
         assert f"| {name} | {' | '.join(cells)} |" in README
 
 
+def test_cuda_kernels_are_as_fast_as_they_are_meant_to_be() -> None:
+    """As fractions of the time of FlashAttention-3 over bfloat16; never slower than over fp8."""
+    most = dict.fromkeys(("8 x 32K", "32 x 32K", "32 x 8K", "1 x 128K", "64 x 8K"), 0.25)
+    most |= {"8 x 8K": 0.35, "1 x 32K": 0.35, "64 x 2K": 0.4}
+    for row, name in kernel_rows():
+        assert row["turboquant3_us"] <= row["fa3_fp8_us"], name
+        if "bars" in row["sets"]:
+            assert row["turboquant3_us"] <= most[name] * row["fa3_bf16_us"], name
+
+
 def test_cuda_kernels_in_the_records() -> None:
     rows = [cells(line) for line in RECORDS.splitlines() if line.startswith("|")]
     for row, name in kernel_rows():
@@ -191,11 +201,42 @@ def test_tensor_parallel_in_the_readme() -> None:
         assert f"{ours / auto:.2f}x" in README
 
 
+def test_times_to_the_first_token() -> None:
+    """Medians in both files; quartiles and the engine's own prefill in benchmarks/."""
+    in_readme, in_records = (
+        [cells(line) for line in text.splitlines() if line.startswith("| ")]
+        for text in (README, RECORDS)
+    )
+    rows = read("engine_ttft_h100")["rows"]
+    for tokens in (2048, 8192, 16384):
+        same = {row["kv_cache_dtype"]: row for row in rows if row["input_tokens"] == tokens}
+        names = ("auto", "fp8", "turboquant3", "int4_per_token_head")
+        medians = [f"{same[name]['ttft_ms']:.1f}" for name in names]
+        assert [f"{tokens:,}", *medians] in in_readme
+        figures = ("ttft_ms", "ttft_p25_ms", "ttft_p75_ms", "prefill_ms")
+        quartiles = [
+            "{:.1f} ({:.1f} to {:.1f}), {:.1f}".format(*(row[name] for name in figures))
+            for row in same.values()
+        ]
+        assert [f"{tokens:,}", *quartiles] in in_records
+
+
+def test_prefill_is_as_fast_as_without_a_code() -> None:
+    rows = read("engine_ttft_h100")["rows"]
+    times = {(row["kv_cache_dtype"], row["input_tokens"]): row["ttft_ms"] for row in rows}
+    for tokens in (2048, 8192, 16384):
+        assert times["turboquant3", tokens] <= 1.05 * times["auto", tokens]
+
+
 def test_times_to_the_first_token_by_turns() -> None:
     rows = read("engine_ttft_h200")["rows"]
     for tokens in (2048, 8192):
         same = [row for row in rows if row["input_tokens"] == tokens]
-        (line,) = (cells(x) for x in RECORDS.splitlines() if x.startswith(f"| {tokens:,} | "))
+        (line,) = (
+            cells(x)
+            for x in RECORDS.split("Measured by turns")[1].splitlines()
+            if x.startswith(f"| {tokens:,} | ")
+        )
         for row, cell in zip(same, line[1:], strict=True):
             turns = [float(x) for x in cell.split("(")[1].strip(")").split(",")]
             assert float(cell.split(" ")[0]) == pytest.approx(row["ttft_ms"], abs=0.051)
