@@ -231,9 +231,9 @@ __device__ inline void attend_codes(const uint2& tables, const uint8_t* codes, i
       factors.near, state);
 }
 
-// Rows of a CTA's KV head from the first on.
+// Rows of a CTA's KV head, from first_row on.
 template <typename Work>
-__device__ inline RowRange rows_of(const DecodeParams& p, const Work& work, int first_row) {
+__device__ inline RowRange rows_from(const DecodeParams& p, const Work& work, int first_row) {
   return {p.group_size, work.first_token, work.query_len, static_cast<int>(blockIdx.y), first_row};
 }
 
@@ -243,7 +243,7 @@ __device__ inline void attend_tile(const DecodeParams& p, const typename Traits:
                                    int first_row, typename Traits::Shared* shared) {
   const AttentionParams& a = p.attention;
   const int warp = threadIdx.x / 32, req = blockIdx.z, begin = work.begin, end = work.end;
-  const RowRange rows = rows_of(p, work, first_row);
+  const RowRange rows = rows_from(p, work, first_row);
   const Sight<Traits> sight(a, rows, req, shared->window);
   // NOTE: without a batch, there is nothing to see, and nobody looks the window up.
   const bool reads_copies =
@@ -323,7 +323,7 @@ __device__ inline void attend_tile(const DecodeParams& p, const typename Traits:
   }
 
   // 3. Write the partial result.
-  const RowRange done = rows_of(p, shared->work, first_row);
+  const RowRange done = rows_from(p, shared->work, first_row);
   write_partial<Traits>({p, done, shared->only()}, blockIdx.x, state, shared);
   __syncthreads();  // shared memory is free for what comes next
 }
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   for (int first = 0; first < work.query_len * p.group_size.value(); first += Traits::kRows) {
     attend_tile<Traits>(p, work, first, shared);
     work = shared->work;
-    const RowRange rows = rows_of(p, work, first);
+    const RowRange rows = rows_from(p, work, first);
     if (work.num_splits <= 1) combine_splits<Traits>({p, rows, shared->only()}, 1, shared);
   }
   await_previous();  // where there are no rows, too: what comes next counts on it
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   uint32_t* ticket = p.partials.tickets + req * a.cache.num_kv_heads + kv_head;
   if (!is_last(ticket, work.num_splits, &shared->is_last)) return;
   for (int first = 0; first < work.query_len * p.group_size.value(); first += Traits::kRows) {
-    const RowRange rows = rows_of(p, work, first);
+    const RowRange rows = rows_from(p, work, first);
     combine_splits<Traits>({p, rows, nullptr}, work.num_splits, shared);
   }
 }

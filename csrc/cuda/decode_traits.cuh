@@ -150,9 +150,11 @@ struct DecodeTraits {
 // those of one CTA with the work of others, which pays once there are several waves of them.
 template <int kHeadDim, int kRows>
 struct DecodeShapes {
+  // As many as registers allow.
   static constexpr int kWarps = (kHeadDim > 128 ? 12 : 16) - (kRows > 4 ? 4 : 0);
   using Wide = DecodeTraits<kHeadDim, kRows, kWarps, 1>;
-  // Left alone, the compiler would take a few registers more than let four of head_dim 64 in.
+  // Left alone, the compiler would take a few registers more than let four of head_dim 64 in. Of
+  // head_dim 256, shared memory has room for two.
   static constexpr int kNarrowCtas = kHeadDim == 64 ? 4 : kHeadDim == 128 ? kWarps / 4 : 2;
   using Narrow = DecodeTraits<kHeadDim, kRows, 4, kNarrowCtas>;
 };
