@@ -199,6 +199,8 @@ def test_what_hooks_into_the_model_runs_without_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm")
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
     from vllm_turboquant.evaluation import engine
 
     plan = Plan(
@@ -214,7 +216,10 @@ def test_what_hooks_into_the_model_runs_without_graphs(
     monkeypatch.setattr(engine.current_platform, "is_cuda", lambda: on_gpu)
     arguments = engine.execution(row, plan)
     assert arguments.get("enforce_eager", False) is is_eager
-    assert ("compilation_config" in arguments) is not is_eager
+    if not is_eager:
+        config = CompilationConfig(**arguments["compilation_config"])
+        assert config.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        assert not config.cudagraph_mode.requires_piecewise_compilation()
 
 
 @pytest.mark.vllm
@@ -232,6 +237,10 @@ def test_what_hooks_into_the_model_runs_without_graphs(
         (
             (str(MODEL), "--windows", "0", "--needle-lengths", "", "--answer-tokens", "0"),
             "nothing to measure: give --windows, --needle-lengths or --answer-tokens",
+        ),
+        (
+            (str(MODEL), "--windows", "0", "--text", str(MODEL / "config.json")),
+            "--windows 0 leaves out all texts, and --text was given",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from vllm_turboquant.evaluation.plan import Plan, Text, WindowScore, hidden_path
@@ -16,11 +17,9 @@ from vllm_turboquant.options import KEY
 #: Requests that run at a time where they may.
 BATCH = 16
 RECORDER = "vllm_turboquant.evaluation.recorder.Recorder"
-
-
 #: Graphs for steps of one token a request, with the model as it is: compiling takes longer than
 #: what is asked here.
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+GRAPHS = {"mode": CompilationMode.NONE, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 class UnavailableError(RuntimeError):

@@ -49,6 +49,8 @@ def make_plan(settings: Settings, device: str, on_gpu: bool) -> Plan:
     Raises:
         InputError: Something cannot be used.
     """
+    if settings.windows == 0 and settings.texts:
+        raise InputError("--windows 0 leaves out all texts, and --text was given; drop one of them")
     texts = (read_texts(settings.texts) or default_texts()) if settings.windows != 0 else {}
     config = load_config(settings.model, settings.trust_remote_code)
     tokens = Tokens.load(settings.model, config.model_type, settings.trust_remote_code)
